@@ -1,0 +1,49 @@
+# Everything runs in .venv, which the first target makes; PYTHON picks the interpreter it is made with.
+PYTHON ?= python3
+PIP_FLAGS ?= --disable-pip-version-check -q
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-study test test-fast check format bench clean
+
+help: ## show this
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## make .venv with everything that training, evaluation and tests need (a few minutes, 8 GB)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (torch and faiss for CUDA: several GB, minutes on a fresh machine)"
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## post-train a small ViT on drawn scenes and show what it gained (about 5 minutes on 2 cores)
+	$(BIN)/python -m neco task=train experiment=demo
+
+demo-study: $(INSTALLED) ## the demo with 5 seeds and its controls (about an hour)
+	$(BIN)/python scripts/demo_study.py
+
+test: $(INSTALLED) ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED) ## all but the slow ones
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## side-by-side speed and memory of the hot paths
+	$(BIN)/python scripts/bench_loss.py
+	$(BIN)/python scripts/bench_views.py
+	$(BIN)/python scripts/bench_matching.py
+
+clean: ## remove what tests and builds left (never runs/ or data/)
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find neco scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,139 @@
+"""`python -m neco`: compose conf/, validate all of it, run the task."""
+
+import importlib
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from neco import config
+from neco.errors import NecoError
+
+USAGE = """neco: dense post-training of vision transformers, and what it does to their features
+
+  python -m neco [GROUP=OPTION ...] [KEY=VALUE ...]       -m: one job for every combination of comma-separated values
+
+examples
+  python -m neco task=train dataset=coco model=dinov2r_vits14 dataset@val_dataset=voc
+  python -m neco task=eval checkpoint=runs/my_run weights=teacher dataset=camvid eval=[retrieval,overcluster]
+  python -m neco -m task=eval model=tiny,dino_vits16 weights=none eval=overcluster eval.overcluster.k=12,100,300
+
+"""
+
+
+def usage() -> str:
+    """The groups and their options, each with the first comment of its file; imports nothing heavy."""
+    lines = [USAGE + "groups"]
+    for group in ("task", "model", "dataset", "eval", "loss", "augment", "logger", "experiment"):
+        files = {
+            path.stem: path
+            for base in (*config.user_folders(), config.folder())
+            for path in base.glob(f"{group}/*.yaml")
+        }
+        for index, (name, path) in enumerate(sorted(files.items())):
+            comments = (line[2:] for line in path.read_text().splitlines() if line.startswith("# "))
+            about = next((line for line in comments if not line.startswith("@package")), "")
+            lines.append(f"  {group if not index else '':<11} {name:<20} {about}".rstrip())
+    lines.append("\nkeys: python -m neco task=train --cfg job      errors with a traceback: debug=true")
+    return "\n".join(lines)
+
+
+started = False
+
+
+def run(cfg: Any) -> float | None:
+    """One job: validate, then hand over to `neco.task.<task>`; returns the objective of a sweep."""
+    global started
+    started = True
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    hydra = HydraConfig.get()
+    choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra/")}
+    overrides = list(hydra.overrides.task)
+    output = Path(hydra.runtime.output_dir)
+    try:
+        settings = config.validate(OmegaConf.to_container(cfg, resolve=True), choices, overrides)  # type: ignore[arg-type]
+        task = importlib.import_module(f"neco.task.{settings.run.task}")
+        job = task.prepare(settings)
+    except NecoError as error:
+        if output.is_dir() and not any(output.iterdir()):  # Hydra made it before anything was known to be wrong
+            output.rmdir()
+        key = re.split(r"[=:]", str(error))[0]
+        if place := config.origin(key, overrides, choices):
+            raise NecoError(f"{error} [from {place}]") from error
+        raise
+    return task.main(settings, job, output)
+
+
+def explain(error: Exception, overrides: list[str]) -> str:
+    """What Hydra complains about, in one sentence, with the nearest valid name."""
+    from hydra import compose, initialize_config_dir
+
+    text = str(error)
+    if option := re.search(r"Could not find '([\w@/]+)/([^'/]+)'", text):
+        group, name = option.groups()
+        options = sorted(
+            {path.stem for base in (config.folder(), *config.user_folders()) for path in base.glob(f"{group}/*.yaml")}
+        )
+        return f"{group}={name}: no such option{config.nearest(name, options)} [looked in conf/{group}]"
+    if key := re.search(r"Could not override '([^']+)'", text):
+        name = key.group(1)
+        rest = [o for o in overrides if o.lstrip("+~").split("=")[0] != name and not o.startswith("-") and "," not in o]
+        try:
+            with initialize_config_dir(str(config.folder()), version_base=None):
+                composed = compose("config", [o for o in rest if "=" in o], return_hydra_config=False)
+            keys = list(config.flatten(composed))
+        except Exception:
+            keys = []
+        parent = name.rpartition(".")[0]
+        siblings = [k for k in keys if k.rpartition(".")[0] == parent]
+        if name.startswith("eval.") and siblings == []:
+            return f"{name}: evaluation '{name.split('.')[1]}' is not selected; add it: eval=[{name.split('.')[1]},...]"
+        near = config.nearest(name, siblings)
+        if "did you mean" not in near:
+            near = config.nearest(name, keys) or near
+        return f"{name}: no such key{near} [from the command line]"
+    return text.strip()
+
+
+def main() -> None:
+    """Entry: exit code 0, 1 for a fault of the program (with traceback), 2 for what the user can put right."""
+    arguments = sys.argv[1:]
+    if {"--help", "-h"} & set(arguments):
+        print(usage())
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises, and the messages below are ours
+    import hydra
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+    from omegaconf.errors import OmegaConfBaseException
+
+    class UserFolders(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for path in config.user_folders():
+                search_path.append("neco-user", f"file://{path}")
+
+    Plugins.instance().register(UserFolders)
+    debug = "debug=true" in arguments or bool(os.environ.get("NECO_DEBUG"))
+    try:
+        version = {} if hydra.__version__ >= "1.4" else {"version_base": "1.3"}
+        hydra.main(config_path=str(config.folder()), config_name="config", **version)(run)()
+    except Exception as error:
+        if started and not isinstance(error, (NecoError, OmegaConfBaseException)):
+            raise  # a fault of the program, not of the configuration
+        if debug:
+            traceback.print_exc()
+        message = str(error) if isinstance(error, NecoError) else explain(error, arguments)
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""From a composed configuration to validated objects. Imports neither torch nor the rest of the project.
+
+A node with a `_target_` is checked against the signature of that class, a node of the spine against the dataclass of
+the same name below: the constructor is the schema. `validate` builds everything that needs no data, so that what would
+fail after hours fails in the first second.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+
+from neco.errors import NecoError
+from neco.values import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long and how the student is trained; the last four cannot change results."""
+
+    epochs: Positive
+    steps: Positive | None
+    batch_size: Positive
+    accumulate: Positive
+    drop_path: Fraction
+    momentum: tuple[Fraction, Fraction]
+    clip: PositiveFloat | None
+    precision: Literal["auto", "fp32", "bf16"]
+    workers: NonNegative
+    resume: str
+    eval_epochs: NonNegative
+    save_epochs: NonNegative
+    save_minutes: PositiveFloat
+    log_steps: Positive
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise NecoError(
+                f"batch_size={self.batch_size} cannot be split into accumulate={self.accumulate} equal parts"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW, its learning rates (cosine to 0) and weight decay (cosine from the first to the second value)."""
+
+    lr: NonNegativeFloat
+    head_lr: NonNegativeFloat
+    weight_decay: tuple[NonNegativeFloat, NonNegativeFloat]
+    betas: tuple[Fraction, Fraction]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The keys at the top of the configuration."""
+
+    task: str
+    seed: NonNegative
+    run_dir: str
+    data_root: str
+    cache_dir: str
+    checkpoint: str | None
+    weights: Literal["auto", "student", "teacher", "none"]
+    device: Literal["auto", "cpu", "cuda"]
+    debug: bool
+
+
+SPINE: dict[str, type] = {"train": Train, "optim": Optim}
+LEAVES = ("model", "augment", "dataset", "val_dataset", "loss", "head", "extract")
+LISTS = ("eval", "logger")
+LOGGER = ("folder", "step")  # what a logger is given at run time
+
+
+def folder() -> Path:
+    """`conf/`: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(path for path in (package / "conf", package.parent / "conf") if (path / "config.yaml").is_file())
+
+
+def user_folders() -> list[Path]:
+    """Where users keep options of their own and `machine.yaml`: the working folder and the user's config folder."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return [Path.cwd(), config / "neco"]
+
+
+def nearest(wrong: str, valid: Sequence[str]) -> str:
+    """`; did you mean 'x'?` or the list of what there is."""
+    if match := difflib.get_close_matches(wrong, valid, 1, 0.6):
+        return f"; did you mean '{match[0]}'?"
+    return f"; there is: {', '.join(valid)}" if 0 < len(valid) <= 40 else ""
+
+
+def locate(target: str) -> Any:
+    """The class or function that a `_target_` names."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise NecoError(f"_target_: {target} cannot be imported ({error})") from error
+
+
+def check(
+    target: Callable[..., Any], values: Mapping[str, Any], where: str, runtime: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`values` converted to the annotations of `target`; unknown, missing and mistyped ones are errors that say so."""
+    from pydantic import TypeAdapter, ValidationError
+
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD and name not in runtime
+    }
+    hints = get_type_hints(target if inspect.isfunction(target) else target.__init__, include_extras=True)  # type: ignore[misc]
+    prefix = f"{where}." if where else ""
+    for name in values:
+        if name not in parameters:
+            raise NecoError(f"{prefix}{name}: no such key{nearest(name, list(parameters))}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in values:
+            raise NecoError(f"{prefix}{name}: needs a value")
+    checked = {}
+    for name, value in values.items():
+        hint = hints.get(name, Any)
+        try:
+            if isinstance(value, bool) and "bool" not in str(hint) and hint is not Any:
+                raise ValueError("a number or text is wanted, not true/false")
+            checked[name] = TypeAdapter(hint).validate_python(value)
+        except ValidationError as error:
+            reasons = dict.fromkeys(detail["msg"] for detail in error.errors())
+            raise NecoError(f"{prefix}{name}={value!r}: {'; or '.join(reasons).lower()}") from error
+        except ValueError as error:
+            raise NecoError(f"{prefix}{name}={value!r}: {error}") from error
+    return checked
+
+
+def build(node: Mapping[str, Any], where: str, **runtime: Any) -> Any:
+    """The object that a node with a `_target_` describes; `runtime` are arguments that never come from YAML."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        group = where.replace("val_dataset", "dataset@val_dataset")
+        raise NecoError(f"{where}={node!r}: an option of the group is wanted; choose one with {group}=NAME")
+    target = locate(node["_target_"])
+    values = check(target, {k: v for k, v in node.items() if k != "_target_"}, where, tuple(runtime))
+    return call(target, where, **values, **runtime)
+
+
+def call(target: Callable[..., Any], where: str, **values: Any) -> Any:
+    """`target(**values)`, its complaints prefixed by the place in the configuration."""
+    try:
+        return target(**values)
+    except NecoError as error:
+        raise NecoError(f"{where}: {error}") from error
+
+
+@dataclasses.dataclass
+class Settings:
+    """A validated configuration.
+
+    Attributes:
+        config: the composed nodes, plain and resolved.
+        run: the keys at the top.
+        spine: the validated nodes of the spine, by name.
+        choices: the option chosen in each group.
+        overrides: what the command line said.
+    """
+
+    config: dict[str, Any]
+    run: Run
+    spine: dict[str, Any]
+    choices: dict[str, Any]
+    overrides: list[str]
+
+    def chosen(self, name: str) -> bool:
+        """Whether the command line speaks of this group or key."""
+        return any(re.match(rf"[+~]*{re.escape(name)}[=.@]", override) for override in self.overrides)
+
+    def build(self, name: str, **runtime: Any) -> Any:
+        """The object of the leaf `name`, e.g. `model`, `dataset`, `loss`."""
+        return build(self.config[name], name, **runtime)
+
+    def build_all(self, name: str, **runtime: Any) -> dict[str, Any]:
+        """The objects of a list group, by option: `eval` or `logger`."""
+        return {key: build(node, f"{name}.{key}", **runtime) for key, node in self.config[name].items()}
+
+
+def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequence[str] = ()) -> Settings:
+    """Check every key of a composed and resolved configuration.
+
+    Raises NecoError for the first thing that is wrong. Reads no data and allocates no network.
+    """
+    config = dict(config)
+    top = {field.name for field in dataclasses.fields(Run)}
+    known = top | SPINE.keys() | set(LEAVES) | set(LISTS)
+    for name in config:
+        if name not in known:
+            raise NecoError(f"{name}: no such key{nearest(str(name), sorted(known))}")
+    run = Run(**check(Run, {name: config[name] for name in config if name in top}, ""))
+    spine = {
+        name: call(schema, name, **check(schema, config[name], name))
+        for name, schema in SPINE.items()
+        if name in config
+    }
+    # A preset may hold values for evaluations and loggers that were not chosen: those arrive without a _target_.
+    for name in LISTS:
+        group = {key: node for key, node in (config.get(name) or {}).items() if "_target_" in (node or {})}
+        config[name] = group
+    settings = Settings(config, run, spine, dict(choices), list(overrides))
+    settings.build_all("eval")
+    for key, node in config["logger"].items():
+        check(locate(node["_target_"]), {k: v for k, v in node.items() if k != "_target_"}, f"logger.{key}", LOGGER)
+    for name in ("dataset", "augment", "loss", "val_dataset"):
+        if config.get(name) is not None:
+            settings.build(name)
+    settings.build("extract", device="cpu")
+    return settings
+
+
+def flatten(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys of a nested mapping."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from flatten(value, f"{prefix}{key}.")
+
+
+def origin(key: str, overrides: Sequence[str], choices: Mapping[str, Any]) -> str:
+    """Where the value of `key` was set: the command line or a file of conf/; empty when nowhere."""
+    for override in overrides:
+        name = override.lstrip("+~").split("=")[0]
+        if key == name or key.startswith(f"{name}."):
+            return f"the command line ({override})"
+    places: list[tuple[str, str]] = [
+        (f"experiment/{choices.get('experiment')}", ""),
+        (f"machine/{choices.get('machine')}", ""),
+    ]
+    for group, choice in choices.items():
+        node = group.split("@")[-1]
+        for option in choice if isinstance(choice, list) else [choice]:
+            places.append((f"{group.split('@')[0]}/{option}", f"{node}.{option}" if node in LISTS else node))
+    places += [(f"task/{choices.get('task')}", ""), ("config", "")]
+    for place, package in places:
+        for base in (folder(), *user_folders()):
+            path = base / f"{place}.yaml"
+            relative = key if not package else key.removeprefix(f"{package}.")
+            if path.is_file() and (not package or relative != key):
+                if relative in set(flatten(yaml.safe_load(path.read_text()))):
+                    return f"conf/{place}.yaml" if base == folder() else str(path)
+    return ""

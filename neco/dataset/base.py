@@ -1,0 +1,158 @@
+"""What a data set is, and the only functions that read its files.
+
+A data set lists samples (a name, where image and mask are); `read_image` and `read_label` turn them into arrays.
+Everything goes through `read_bytes(ref)`, so that another kind of place changes one function.
+"""
+
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from neco.errors import NecoError
+
+Ref = str  # path of a file
+IGNORE = 255  # the label of a pixel that belongs to no class, in every data set
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image of a split. `key` is unique within the split; `mask` is None where the set is unlabelled."""
+
+    key: str
+    image: Ref
+    mask: Ref | None = None
+
+
+class Dataset(ABC):
+    """Images, with integer masks where `classes` is not empty. Constructors do no I/O.
+
+    Attributes:
+        classes: names in label order; empty for unlabelled images.
+        image_size: all images are squares of this many pixels; None where they vary. Evaluations never go beyond.
+    """
+
+    classes: tuple[str, ...] = ()
+    image_size: int | None = None
+
+    @abstractmethod
+    def samples(self, split: str) -> list[Sample]:
+        """The samples of `split` ("train", "val", for some sets "test"), sorted by key.
+
+        Raises:
+            NecoError: the images are not there; says where it looked, how to get them and which key to set.
+        """
+
+    def label(self, raw: np.ndarray) -> np.ndarray:
+        """Mask as stored -> int64 (H, W) in 0..C-1, IGNORE elsewhere. By default the stored value is the label."""
+        return raw.astype(np.int64)
+
+
+def read_bytes(ref: Ref) -> bytes:
+    """The content of a file. Raises NecoError that names it."""
+    try:
+        return Path(ref).read_bytes()
+    except OSError as error:
+        raise NecoError(f"cannot read {ref}: {error.strerror or error}") from error
+
+
+def read_image(ref: Ref) -> np.ndarray:
+    """Image file -> uint8 (H, W, 3) RGB. Grey, palette and CMYK are converted, alpha is dropped, 16 bits become 8.
+
+    Raises:
+        NecoError: the file is missing, is no image or is truncated; names it.
+    """
+    image = _decode(ref)
+    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return np.array(image.convert("RGB"))
+
+
+def read_label(dataset: Dataset, sample: Sample) -> np.ndarray:
+    """The mask of `sample` -> int64 (H, W): the data set's classes and IGNORE, nothing else.
+
+    Raises:
+        NecoError: there is no mask, it cannot be read, or it holds a value that is no class; names file and value.
+    """
+    if sample.mask is None:
+        raise NecoError(f"{sample.image} has no mask: {type(dataset).__name__} holds unlabelled images")
+    label = dataset.label(np.asarray(_decode(sample.mask)))
+    if label.ndim != 2:
+        raise NecoError(f"{sample.mask} has shape {label.shape}: a mask has one channel of class numbers, not colours")
+    bad = label[((label < 0) | (label >= len(dataset.classes))) & (label != IGNORE)]
+    if bad.size:
+        raise NecoError(
+            f"{sample.mask} holds the value {bad[0]} ({bad.size} pixels), which is no class of "
+            f"{type(dataset).__name__} (0..{len(dataset.classes) - 1}, {IGNORE} = ignore)"
+        )
+    return label
+
+
+def _decode(ref: Ref) -> Image.Image:
+    data = read_bytes(ref)
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise NecoError(f"cannot decode {ref} ({len(data)} bytes): {error}") from error
+    return image
+
+
+def list_images(folder: Path) -> dict[str, Ref]:
+    """Image files anywhere below `folder`, sorted: path relative to it (with `/`, with suffix) -> full path."""
+    found = {}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        above = "" if parent == str(folder) else f"{Path(parent).relative_to(folder).as_posix()}/"
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):  # "._x.jpg" is a macOS resource fork
+                found[above + name] = f"{parent}{os.sep}{name}"
+    return dict(sorted(found.items()))
+
+
+def pair_samples(images: Path, masks: Path | None = None) -> list[Sample]:
+    """Samples of an image folder and, where given, of the parallel folder of masks with the same names.
+
+    Keys are relative paths, without suffix where there are masks. A file without its partner is a NecoError.
+    """
+    paths = list_images(images)
+    if masks is None:
+        return [Sample(key, path) for key, path in paths.items()]
+    image, mask = _by_stem(paths), _by_stem(list_images(masks))
+    for have, want, where in ((image, mask, masks), (mask, image, images)):
+        if lost := sorted(have.keys() - want.keys()):
+            raise NecoError(f"{len(lost)} of {len(have)} files have no partner in {where}, first {have[lost[0]]}")
+    return [Sample(key, image[key], mask[key]) for key in sorted(image)]
+
+
+def _by_stem(paths: dict[str, Ref]) -> dict[str, Ref]:
+    found: dict[str, Ref] = {}
+    for key, path in paths.items():
+        stem = str(PurePosixPath(key).with_suffix(""))
+        if stem in found:
+            raise NecoError(f"{found[stem]} and {path} have the same name: which one a mask belongs to is not clear")
+        found[stem] = path
+    return found
+
+
+def missing(what: str, root: Path, looked: Sequence[Path], advice: str) -> NecoError:
+    """The error for a data set that is not on disk: where it was looked for, what is there, what to do."""
+    if root.is_dir():
+        names = sorted(path.name for path in root.iterdir())
+        there = f"{root} holds {', '.join(names[:8]) or 'nothing'}{' ...' if len(names) > 8 else ''}"
+    else:
+        there = f"{root} does not exist"
+    places = "".join(f"\n  {path}" for path in looked)
+    return NecoError(f"no {what}. Looked in{places}\n{there}.\n{advice}\nSet its place with dataset.root=FOLDER.")
+
+
+def require_split(split: str, splits: Sequence[str], name: str) -> None:
+    """Raises NecoError when a data set has no such split."""
+    if split not in splits:
+        raise NecoError(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")

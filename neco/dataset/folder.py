@@ -1,0 +1,65 @@
+"""Any folder of images; with a parallel folder of masks and a list of classes it can be evaluated."""
+
+from pathlib import Path
+
+import numpy as np
+
+from neco.dataset.base import IGNORE, Dataset, Sample, missing, pair_samples, require_split
+from neco.errors import NecoError
+from neco.values import Fraction
+
+
+class Folder(Dataset):
+    """All JPEG and PNG files below `root`, at any depth.
+
+    Sub-folders `train` and `val` (of `root`, and of `masks`) are the splits where `root` has both. Otherwise a seeded
+    choice of `val_fraction` of the sorted images is the val split, and the others are the train split.
+
+    Args:
+        root: folder of images.
+        masks: folder with a PNG of class numbers for each image, under the same relative name.
+        classes: names in label order; wanted exactly when there are masks.
+        ignore: the stored value that means "no class", mapped to 255.
+        val_fraction: share of the images in the val split; with 0 there is none, an error when asked for.
+        seed: of that choice.
+
+    Raises:
+        NecoError: masks without classes or the reverse.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        masks: str | None = None,
+        classes: list[str] | None = None,
+        ignore: int = IGNORE,
+        val_fraction: Fraction = 0.1,
+        seed: int = 0,
+    ) -> None:
+        if bool(masks) != bool(classes):
+            have, lack = ("masks", "classes") if masks else ("classes", "masks")
+            raise NecoError(f"dataset.{have} is set and dataset.{lack} is not: a labelled folder needs both")
+        self.root = Path(root).expanduser()
+        self.masks = Path(masks).expanduser() if masks else None
+        self.classes = tuple(classes or ())
+        self.ignore, self.val_fraction, self.seed = ignore, val_fraction, seed
+
+    def samples(self, split: str) -> list[Sample]:
+        require_split(split, ("train", "val"), "a folder")
+        divided = all((self.root / part).is_dir() for part in ("train", "val"))
+        part = split if divided else "."
+        found = pair_samples(self.root / part, self.masks and self.masks / part)
+        if not divided:
+            order = np.random.Generator(np.random.Philox(self.seed)).permutation(len(found))
+            first = round(self.val_fraction * len(found))
+            chosen = order[:first] if split == "val" else order[first:]
+            found = [found[i] for i in sorted(chosen)]
+        if not found:
+            advice = f"Wanted: .jpg or .png files at any depth; val_fraction={self.val_fraction} has to leave some."
+            looked = [self.root / part, *([self.masks / part] if self.masks else [])]
+            raise missing(f"{split} images", self.root, looked, advice)
+        return found
+
+    def label(self, raw: np.ndarray) -> np.ndarray:
+        return np.where(raw == self.ignore, IGNORE, raw).astype(np.int64)

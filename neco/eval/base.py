@@ -1,0 +1,363 @@
+"""What every evaluation stands on: its result, the input size, random draws, and frozen patch features.
+
+Shapes: N images of a split, B of a batch, S pixels per side of the input, h w patches, D channels.
+"""
+
+import hashlib
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils import data
+from torchvision.transforms import functional as colour
+
+from neco.dataset.base import Dataset, Sample, read_image, read_label
+from neco.errors import NecoError
+from neco.eval.cache import Cache, Entry, Spec
+from neco.eval.metrics import Compat
+from neco.eval.neighbours import full_precision
+from neco.model.weights import weights_hash
+from neco.progress import track
+from neco.values import MEAN, STD, NonNegative, Positive, PositiveFloat
+
+Nearest = Literal["centre", "floor"]  # which pixel stands for a cell: PIL's (the middle one) or torch's (the first)
+RATIO = 4 / 3  # the most elongated crop, either way
+
+
+class PatchFeatures(Protocol):
+    """What evaluations need of a backbone: (B, 3, S, S) normalised images -> (B, h, w, D)."""
+
+    patch: int
+    dim: int
+
+    def __call__(self, images: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation found.
+
+    Attributes:
+        protocol: the name of what was computed. Numbers of different protocols are not comparable.
+        metrics: numbers by name, like {"miou_k30": 0.412}.
+        details: what is behind each, ready for JSON, like {"miou_k30": {"iou": {"sky": 0.9, ...}}}.
+    """
+
+    protocol: str
+    metrics: dict[str, float]
+    details: dict[str, Any]
+
+
+def input_size(given: int | None, published: int, patch: int, dataset: Dataset) -> int:
+    """Pixels per side of the input: `given`, else the multiple of the patch nearest to the published size.
+
+    Drawn data of one small size are not enlarged for it: there it is the nearest multiple within `dataset.image_size`.
+
+    Raises:
+        NecoError: `given` is no multiple of the patch.
+    """
+    if given is not None:
+        if given % patch:
+            low = max(1, given // patch) * patch
+            raise NecoError(f"size={given} is no multiple of the backbone's patch {patch}: use {low} or {low + patch}")
+        return given
+    size = max(1, round(min(published, dataset.image_size or published) / patch)) * patch
+    return size - patch if dataset.image_size and patch < size and dataset.image_size < size else size
+
+
+def check_drop(compat: Compat, drop_last: int) -> None:
+    """Raises NecoError when images would be left out of the standard protocol."""
+    if drop_last and compat == "standard":
+        raise NecoError(f"drop_last={drop_last}: compat=standard uses every image; set compat=reference or drop_last=0")
+
+
+def labelled(dataset: Dataset, split: str, drop_last: int = 0) -> list[Sample]:
+    """The samples of a split sorted by key, without those that do not fill a last batch of `drop_last` (0 = all).
+
+    Raises:
+        NecoError: there are none, or no labels.
+    """
+    samples = sorted(dataset.samples(split), key=lambda sample: sample.key)
+    if not dataset.classes or any(sample.mask is None for sample in samples):
+        raise NecoError(f"{type(dataset).__name__} has no labels on {split}: choose a labelled data set to evaluate on")
+    kept = samples[: len(samples) // drop_last * drop_last] if drop_last else samples
+    if not kept:
+        raise NecoError(
+            f"{type(dataset).__name__} has {len(samples)} images in {split}, drop_last={drop_last} leaves none"
+        )
+    return kept
+
+
+def generator(*key: object) -> np.random.Generator:
+    """Random numbers that are a function of `key` alone: not of workers, order or what was drawn before."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A random resized crop (joint with the mask) and colour jitter for each image of one pass over a split.
+
+    A pure function of (seed, turn, key of the image). `scale`: range of the crop's share of the area; a draw that
+    doesn't fit is repeated, after ten the crop is the whole frame (as far as the ratio allows), as in torchvision.
+    """
+
+    scale: tuple[float, float]
+    seed: int
+    turn: int
+
+    def box(self, key: str, width: int, height: int) -> tuple[int, int, int, int]:
+        """The crop (x1, y1, x2, y2) of an image, in pixels."""
+        rng = generator(self.seed, self.turn, key, "crop")
+        for _ in range(10):
+            area = width * height * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(-math.log(RATIO), math.log(RATIO)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+                return x, y, x + w, y + h
+        w, h = min(width, round(height * RATIO)), min(height, round(width * RATIO))
+        x, y = (width - w) // 2, (height - h) // 2
+        return x, y, x + w, y + h
+
+    def jitter(self, key: str, image: Image.Image) -> Image.Image:
+        """Brightness, contrast, saturation, hue, each by up to 0.1 and with probability 1/2, in this order."""
+        rng = generator(self.seed, self.turn, key, "colour")
+        changes = (colour.adjust_brightness, 1), (colour.adjust_contrast, 1), (colour.adjust_saturation, 1)
+        for change, middle in (*changes, (colour.adjust_hue, 0)):
+            amount = rng.uniform(middle - 0.1, middle + 0.1)
+            if rng.random() < 0.5:
+                image = change(image, amount)
+        return image
+
+
+def resize_nearest(maps: Tensor, size: int) -> Tensor:
+    """Integer maps (B, H, W) -> (B, size, size): output pixel i shows input pixel floor(i * H / size)."""
+    return F.interpolate(maps[:, None].float(), size=(size, size), mode="nearest")[:, 0].to(maps.dtype)
+
+
+class _Items(data.Dataset):
+    """Image (3, S, S) and mask (S, S) of each sample, uint8; what isn't wanted is empty."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        samples: Sequence[Sample],
+        size: int,
+        *,
+        images: bool,
+        nearest: Nearest | None,
+        draw: Draw | None = None,
+    ) -> None:
+        self.dataset, self.samples, self.size = dataset, samples, size
+        self.images, self.nearest, self.draw = images, nearest, draw
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | NecoError:
+        try:
+            return self._read(self.samples[index])
+        except NecoError as error:  # raised, the loader would wrap it into a traceback
+            return error
+
+    def _read(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        image = Image.fromarray(read_image(sample.image)) if self.images else None
+        label = Image.fromarray(read_label(self.dataset, sample).astype(np.uint8)) if self.nearest else None
+        frames = [frame.size for frame in (image, label) if frame]
+        if frames[0] != frames[-1]:
+            raise NecoError(f"{sample.image} is {frames[0]} pixels large, its mask {sample.mask} is {frames[1]}")
+        if self.draw:
+            box = self.draw.box(sample.key, *frames[0])
+            image = self.draw.jitter(sample.key, image).crop(box) if image else None
+            label = label.crop(box) if label else None
+        square, empty = (self.size, self.size), torch.empty(0, dtype=torch.uint8)
+        pixels = masks = empty
+        if image:
+            pixels = torch.from_numpy(np.array(image.resize(square, Image.Resampling.BILINEAR))).permute(2, 0, 1)
+        if label and self.nearest == "centre":
+            masks = torch.from_numpy(np.array(label.resize(square, Image.Resampling.NEAREST)))
+        elif label:
+            masks = resize_nearest(torch.from_numpy(np.array(label))[None], self.size)[0]
+        return pixels, masks
+
+
+def _collate(items: list[tuple[Tensor, Tensor] | NecoError]) -> list[Tensor] | NecoError:
+    errors = [item for item in items if isinstance(item, NecoError)]
+    return errors[0] if errors else data.default_collate(items)
+
+
+class Extract:
+    """How evaluations compute frozen patch features, and where they keep them. Nothing here changes results.
+
+    Args:
+        batch_size: images a forward pass.
+        workers: processes that decode and resize; 0 = this one.
+        device: where the backbone is moved; `auto` leaves it where it is.
+        cache_dir: folder in which the features of backbones with parameters are kept; null = nowhere.
+        cache_gb: bound of that folder, in 10^9 bytes; what was not used for longest goes first.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: Positive = 32,
+        workers: NonNegative = 2,
+        device: str | torch.device = "auto",
+        cache_dir: str | None = None,
+        cache_gb: PositiveFloat = 50.0,
+    ) -> None:
+        self.batch_size = batch_size
+        self.workers = workers
+        self.device = device
+        self.cache = Cache(Path(cache_dir).expanduser() if cache_dir else None, cache_gb)
+
+    def __call__(
+        self, backbone: PatchFeatures, dataset: Dataset, samples: Sequence[Sample], size: int, *, what: str = "images"
+    ) -> np.ndarray:
+        """All features of `samples` at S = size: float32 (N, h, w, D), memory-mapped where the cache has them."""
+        cached = self.cache.find(self._spec(backbone, samples, size, STD, None))
+        if cached is not None:
+            return cached
+        features = np.empty(0, np.float32)
+        for rows, part, _ in self.stream(backbone, dataset, samples, size, nearest=None, what=what):
+            if not rows.start:
+                features = np.empty((len(samples), *part.shape[1:]), np.float32)
+            features[rows] = part
+        return features
+
+    def stream(
+        self,
+        backbone: PatchFeatures,
+        dataset: Dataset,
+        samples: Sequence[Sample],
+        size: int,
+        *,
+        nearest: Nearest | None = "centre",
+        std: tuple[float, float, float] = STD,
+        draw: Draw | None = None,
+        what: str = "images",
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """One pass: yields rows of `samples`, features float32 (B, h, w, D) and masks uint8 (B, S, S), on the CPU.
+
+        Images and masks are squashed to S x S, images by PIL's antialiased bilinear. The backbone is in evaluation
+        mode during each forward pass, and as it was in between; no random state is touched.
+
+        Args:
+            nearest: how masks are resized; None yields empty ones, without reading them.
+            std: of the normalisation.
+            draw: random crop and jitter; None = the whole image.
+            what: is extracted, for the progress display.
+        """
+        spec = self._spec(backbone, samples, size, std, draw)
+        cached = self.cache.find(spec)
+        items = _Items(dataset, samples, size, images=cached is None, nearest=nearest, draw=draw)
+        if cached is not None:
+            for rows, (_, masks) in self._load(items, f"masks of {what}"):
+                yield rows, torch.from_numpy(np.array(cached[rows])), masks
+            return
+        with Entry(self.cache, spec, len(samples)) as entry:
+            for rows, (images, masks) in self._load(items, f"features of {what}"):
+                features = self._forward(backbone, images, std)
+                entry.write(features.numpy())
+                yield rows, features, masks
+
+    def masks(
+        self, dataset: Dataset, samples: Sequence[Sample], size: int, *, nearest: Nearest = "centre"
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The masks alone, as `stream` yields them: rows of `samples` and uint8 (B, S, S)."""
+        items = _Items(dataset, samples, size, images=False, nearest=nearest)
+        for rows, (_, masks) in self._load(items, "masks"):
+            yield rows, masks
+
+    def _load(self, items: _Items, what: str) -> Iterator[tuple[slice, list[Tensor]]]:
+        loader = data.DataLoader(
+            items,
+            self.batch_size,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),  # else the loader draws a seed from the global one
+        )
+        start = 0
+        for batch in track(loader, what):
+            if isinstance(batch, NecoError):
+                raise batch
+            rows = slice(start, min(start + self.batch_size, len(items)))
+            yield rows, batch
+            start = rows.stop
+
+    @torch.no_grad()
+    def _forward(self, backbone: PatchFeatures, images: Tensor, std: tuple[float, float, float]) -> Tensor:
+        device = self.place(backbone)
+        normal = [torch.tensor(value, device=device).reshape(3, 1, 1) for value in (MEAN, std)]
+        pixels = images.to(device).float().div(255).sub(normal[0]).div(normal[1])
+        training = [part for part in _modules(backbone) if part.training]
+        for part in training:
+            part.training = False
+        try:
+            with torch.autocast(device.type, enabled=False), full_precision():
+                features = backbone(pixels).float().cpu()
+        finally:
+            for part in training:
+                part.training = True
+        side = images.shape[-1] // backbone.patch
+        wanted = (len(images), side, side, backbone.dim)
+        if features.shape != wanted:
+            raise NecoError(f"{type(backbone).__name__} gave features of shape {tuple(features.shape)}, not {wanted}")
+        if not features.isfinite().all():
+            raise NecoError(f"{type(backbone).__name__} gave features that are not finite: its weights are unusable")
+        return features
+
+    def place(self, backbone: PatchFeatures) -> torch.device:
+        """Move the backbone where it shall work; the device."""
+        if isinstance(backbone, nn.Module) and self.device != "auto":
+            backbone.to(self.device)
+        return next((p.device for part in _modules(backbone) for p in part.parameters()), torch.device("cpu"))
+
+    def _spec(
+        self,
+        backbone: PatchFeatures,
+        samples: Sequence[Sample],
+        size: int,
+        std: tuple[float, float, float],
+        draw: Draw | None,
+    ) -> Spec | None:
+        """Everything that features depend on; None where nothing is kept or there are no weights to know it by."""
+        if self.cache.folder is None or not isinstance(backbone, nn.Module) or not [*backbone.parameters()]:
+            return None
+        sources = {inspect.getfile(used) for used in (Extract, read_image, type(backbone))}
+        return {
+            "weights": weights_hash(backbone),
+            "network": [(name, type(part).__qualname__, _settings(part)) for name, part in backbone.named_modules()],
+            "computed": ("float32", self.place(backbone).type),
+            "normalisation": (MEAN, std),
+            "size": size,
+            "draw": asdict(draw) if draw else None,
+            "samples": [(sample.key, *_stamp(sample.image)) for sample in samples],
+            "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},
+            "source": [hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in sorted(sources)],
+        }
+
+
+def _modules(backbone: PatchFeatures) -> list[nn.Module]:
+    return [*backbone.modules()] if isinstance(backbone, nn.Module) else []
+
+
+def _settings(part: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module: heads, scales, interpolation rule and the like, which no weight shows."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return {key: value for key, value in vars(part).items() if isinstance(value, plain) and key != "training"}
+
+
+def _stamp(ref: str) -> tuple[str, int, int]:
+    status = Path(ref).stat()
+    return ref, status.st_size, status.st_mtime_ns

@@ -1,0 +1,111 @@
+"""Features on disk, under a name that holds everything they depend on, in a folder of bounded size."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+Spec = dict[str, Any]
+
+
+class Cache:
+    """A folder of `features-<hash of the spec>.npy`; files appear in it whole or not at all.
+
+    Args:
+        folder: None keeps nothing. A spec of None is never kept either.
+        gigabytes: bound of the folder, in 10^9 bytes: what was not used for longest goes first.
+    """
+
+    def __init__(self, folder: Path | None, gigabytes: float) -> None:
+        self.folder, self.limit = folder, gigabytes * 1e9
+
+    def path(self, spec: Spec | None) -> Path | None:
+        if self.folder is None or spec is None:
+            return None
+        text = json.dumps(spec, sort_keys=True, default=repr)
+        return self.folder / f"features-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
+
+    def find(self, spec: Spec | None) -> np.ndarray | None:
+        """The features of `spec`, memory-mapped, if they are there."""
+        path = self.path(spec)
+        if path is None:
+            return None
+        try:
+            features = np.load(path, mmap_mode="r")
+            os.utime(path)
+        except (OSError, ValueError, EOFError):  # not there, or cut off
+            return None
+        log.info("features read from %s", path)
+        return features
+
+    def trim(self) -> None:
+        found = []
+        for path in (self.folder or Path()).glob("features-*"):
+            try:
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+            except FileNotFoundError:  # another process trims too
+                continue
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total > self.limit:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+class Entry:
+    """Features on their way into the cache, a context: a temporary file, synced and renamed when the block ends well.
+
+    A cache that cannot be written (full, read-only, too small) is a warning, not the end of an evaluation.
+    """
+
+    def __init__(self, cache: Cache, spec: Spec | None, images: int) -> None:
+        self.cache, self.path, self.images = cache, cache.path(spec), images
+        self.file: BinaryIO | None = None
+
+    def __enter__(self) -> "Entry":
+        return self
+
+    def write(self, features: np.ndarray) -> None:
+        """Append the next images, float32 (B, h, w, D)."""
+        if self.path is None:
+            return
+        try:
+            if self.file is None:
+                self.file = self._open(self.path, (self.images, *features.shape[1:]))
+            self.file.write(np.ascontiguousarray(features).data)
+        except OSError as error:
+            log.warning("features are not kept in %s: %s", self.cache.folder, error)
+            self._drop()
+            self.path = None
+
+    def _open(self, path: Path, shape: tuple[int, ...]) -> BinaryIO:
+        size = math.prod(shape) * 4
+        if size > self.cache.limit:
+            raise OSError(f"{size / 1e9:.1f} GB would be more than cache_gb={self.cache.limit / 1e9:g}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_name(f"{path.name}.{os.getpid()}.tmp").open("wb")
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        return file
+
+    def _drop(self) -> None:
+        if self.file:
+            self.file.close()
+            Path(self.file.name).unlink(missing_ok=True)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and self.file and self.path:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                Path(self.file.name).replace(self.path)
+                self.cache.trim()
+        except OSError as error:
+            log.warning("features are not kept in %s: %s", self.cache.folder, error)
+        finally:
+            self._drop()

@@ -1,0 +1,163 @@
+"""Clustering and overclustering: k-means over all patches of val, clusters matched to classes with the ground truth.
+
+The protocol of Leopart (Ziegler and Asano, Self-Supervised Learning of Object Parts for Semantic Segmentation, 2022),
+which NeCo reports too.
+
+Shapes: N images, h w patches, D channels, K clusters, C classes.
+"""
+
+from statistics import fmean, stdev
+
+import numpy as np
+import torch
+
+from neco.dataset.base import Dataset, Sample
+from neco.errors import NecoError
+from neco.eval import clustering, metrics
+from neco.eval.base import Extract, PatchFeatures, Result, check_drop, input_size, labelled, resize_nearest
+from neco.eval.metrics import Compat
+from neco.eval.neighbours import Engine, check_engine
+from neco.progress import track
+from neco.values import NonNegative, Positive
+
+SIZE = 448  # published
+GRID = 100  # pixels per side at which clusters and masks are compared
+
+
+class Overcluster:
+    """mIoU of matched k-means clusters on val, mean over seeds.
+
+    Features are standardised and reduced by PCA; clusters and masks are compared at 100 x 100 (nearest; masks by way of
+    the input size). With as many clusters as classes the matching is one to one (Hungarian, on IoU); otherwise each
+    cluster goes to the class of highest precision. `compat=reference` counts absent classes as 0.
+
+    Args:
+        size: of the input in pixels; null = the multiple of the patch nearest to 448 (to the data's own size if drawn).
+        k: number of clusters, or several; null = the number of classes.
+        seeds: of k-means, each added to the evaluation's own seed.
+        pca: channels kept, all of them where the features have fewer.
+        pca_rows: PCA is fitted on at most so many patches for each input channel.
+        sample: k-means is trained on at most so many patches a cluster.
+        iterations, restarts: of k-means.
+        spherical: k-means by inner product with centroids of length 1.
+        engine: of PCA and k-means.
+        drop_last: of `reference`: images are left out that do not fill a last batch of so many (published: 32);
+            0 = none.
+
+    Raises:
+        NecoError: `drop_last` with `standard`, k or seeds empty, or no faiss where it is asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        compat: Compat = "standard",
+        size: Positive | None = None,
+        k: Positive | list[Positive] | None = None,
+        seeds: tuple[NonNegative, ...] = (0, 1, 2, 3, 4),
+        pca: Positive = 50,
+        pca_rows: Positive = 1000,
+        sample: Positive = 256,
+        iterations: Positive = 100,
+        restarts: Positive = 5,
+        spherical: bool = False,
+        engine: Engine = "faiss",
+        drop_last: NonNegative = 0,
+    ) -> None:
+        check_engine(engine)
+        check_drop(compat, drop_last)
+        if k == [] or not seeds:
+            raise NecoError(f"k={k}, seeds={list(seeds)}: give at least one of each")
+        self.compat = compat
+        self.size = size
+        self.k = k
+        self.seeds = seeds
+        self.pca, self.pca_rows = pca, pca_rows
+        self.sample, self.iterations, self.restarts, self.spherical = sample, iterations, restarts, spherical
+        self.engine = engine
+        self.drop_last = drop_last
+
+    def plan(self, patch: int, dataset: Dataset) -> tuple[int, list[int], list[Sample]]:
+        """Size of the input, numbers of clusters, and the images.
+
+        Raises NecoError for everything that can be seen to fail before the first image is read.
+        """
+        size, samples = input_size(self.size, SIZE, patch, dataset), labelled(dataset, "val", self.drop_last)
+        ks = sorted(set(self.k if isinstance(self.k, list) else [self.k or len(dataset.classes)]))
+        if ks[-1] > (patches := len(samples) * (size // patch) ** 2):
+            raise NecoError(
+                f"k={ks[-1]} clusters of {patches} patches ({len(samples)} images of {size}): use a smaller k"
+            )
+        return size, ks, samples
+
+    def __call__(
+        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
+    ) -> Result:
+        """Evaluate `backbone`; k-means runs with `seed` + each of `seeds`.
+
+        Returns: metrics `miou_k<k>`, the mean over seeds; details: standard deviation (of the sample), the number for
+        each seed, the matching, and the mean IoU of each class.
+        """
+        extract, classes = extract or Extract(), len(dataset.classes)
+        size, ks, samples = self.plan(backbone.patch, dataset)
+        features = extract(backbone, dataset, samples, size, what="val")
+        shape, device = features.shape[:3], extract.place(backbone)
+        points = clustering.project(
+            features.reshape(-1, features.shape[3]),
+            self.pca,
+            engine=self.engine,
+            rows_per_dim=self.pca_rows,
+            device=device,
+        )
+        del features
+        maps, matrices = {}, {}
+        for k, start in track([(k, start) for k in ks for start in self.seeds], "k-means"):
+            index = self._cluster(points, k, seed + start, device)
+            maps[k, start] = torch.from_numpy(index.astype(np.int32).reshape(shape))
+            matrices[k, start] = torch.zeros(k, classes, dtype=torch.long)
+        for rows, masks in extract.masks(dataset, samples, size):
+            target = resize_nearest(masks, GRID)
+            for (k, start), matrix in matrices.items():
+                matrix += metrics.confusion(resize_nearest(maps[k, start][rows], GRID), target, k, classes)
+        found, details = {}, {}
+        for k in ks:
+            match = metrics.match_one_to_one if k == classes else metrics.match_many_to_one
+            matched = [metrics.remap(matrices[k, start], match(matrices[k, start])) for start in self.seeds]
+            scores = [metrics.miou(matrix, self.compat) for matrix in matched]
+            iou = torch.stack([metrics.class_iou(matrix) for matrix in matched]).nanmean(0)
+            found[f"miou_k{k}"] = fmean(scores)
+            details[f"miou_k{k}"] = {
+                "std": stdev(scores) if len(scores) > 1 else None,
+                "seeds": {seed + start: score for start, score in zip(self.seeds, scores, strict=True)},
+                "matching": match.__name__.removeprefix("match_"),
+                "iou": metrics.by_class(iou, dataset.classes),
+            }
+        return Result(self._protocol(size, ks), found, details)
+
+    def _cluster(self, points: np.ndarray, k: int, seed: int, device: torch.device) -> np.ndarray:
+        clusters = clustering.kmeans(
+            points,
+            k,
+            seed=seed,
+            engine=self.engine,
+            iterations=self.iterations,
+            restarts=self.restarts,
+            sample=self.sample,
+            spherical=self.spherical,
+            device=device,
+        )
+        return clustering.assign(
+            points, clusters.centroids, engine=self.engine, spherical=self.spherical, device=device
+        )
+
+    def _protocol(self, size: int, ks: list[int]) -> str:
+        parts = [
+            f"overcluster/{self.compat}/{size}",
+            f"k={','.join(map(str, ks))}",
+            f"pca={self.pca}x{self.pca_rows}",
+            f"kmeans={self.iterations}x{self.restarts}",
+            f"sample={self.sample}",
+            f"seeds={','.join(map(str, self.seeds))}",
+        ]
+        parts += ["spherical"] * self.spherical + [f"drop_last={self.drop_last}"] * bool(self.drop_last)
+        return "/".join(parts)

@@ -1,0 +1,218 @@
+"""Dense nearest-neighbour retrieval ("Hummingbird": Balazevic et al., Towards In-Context Scene Understanding, 2023).
+
+Every patch of the training images is a memory entry with the shares of the classes in it; a patch of a validation image
+takes the label of its nearest entries.
+
+Shapes: B images, S pixels per side, h w patches, p pixels of a patch, D channels, M memory entries, Q queries,
+k neighbours, C classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neco.dataset.base import IGNORE, Dataset, Sample
+from neco.errors import NecoError
+from neco.eval import metrics
+from neco.eval.base import Draw, Extract, PatchFeatures, Result, check_drop, generator, input_size, labelled
+from neco.eval.metrics import Compat
+from neco.eval.neighbours import Engine, Neighbours, check_engine
+from neco.values import STD, NonNegative, Positive, PositiveFloat
+
+SIZE = 512  # published
+REFERENCE_STD = (0.229, 0.224, 0.255)  # a slip of the published code that its numbers depend on
+
+
+def soft_labels(masks: Tensor, patch: int, classes: int, compat: Compat = "standard") -> Tensor:
+    """Share of each class among a patch's pixels: masks (B, S, S) of labels and 255 -> float32 (B, h, w, C).
+
+    Pixels to ignore carry no class (`standard`: the shares of a patch then sum to less than 1) or are class 0
+    (`reference`).
+    """
+    if compat == "reference":
+        masks = masks.masked_fill(masks == IGNORE, 0)
+    if ((masks >= classes) & (masks != IGNORE)).any():
+        raise ValueError(f"masks hold {int(masks[masks != IGNORE].max())}, but there are {classes} classes")
+    side = masks.shape[-1] // patch
+    label = masks.long().reshape(-1, side, patch, side, patch).transpose(2, 3).flatten(3)
+    label = label.masked_fill(label == IGNORE, classes)
+    counts = torch.zeros(*label.shape[:3], classes + 1).scatter_add_(3, label, torch.ones(label.shape))
+    return counts[..., :classes] / patch**2
+
+
+def patch_scores(labels: Tensor, uniform: Tensor | float = 1.0) -> Tensor:
+    """How expendable each patch of a bounded memory is: soft labels (B, h, w, C) -> (B, h, w); the smallest are kept.
+
+    For each patch the sum, over the classes in it, of the number of patches of the image that hold the class, times
+    `uniform`, one random number a patch: rare classes are favoured. Infinite for patches without any class.
+    """
+    present = labels > 0
+    scores = (present * present.sum((1, 2), keepdim=True)).sum(3) * uniform
+    return scores.masked_fill(~present.any(3), torch.inf)
+
+
+def vote(similarities: Tensor, labels: Tensor, temperature: float = 0.02) -> Tensor:
+    """Mean of the neighbours' labels, weighted by softmax(cosine / temperature): (Q, k), (Q, k, C) -> (Q, C)."""
+    weights = (similarities / temperature).softmax(1)
+    return (weights[:, None] @ labels)[:, 0]
+
+
+class Retrieval:
+    """mIoU of nearest-neighbour labels on val, with train as the memory, at the size of the input.
+
+    `compat=reference` does what the open-hummingbird code does: std 0.255 in the normalisation, void pixels are class 0
+    in the memory, crop scales up to 2 (which fall back to the whole frame), masks resized by torch's `nearest` (the
+    first pixel of a cell, not the middle one), classes re-matched by the Hungarian algorithm, absent classes count 0.
+
+    Args:
+        size: of the input in pixels; null = the multiple of the patch nearest to 512 (to the data's own size if drawn).
+        k: number of neighbours, or several from one search.
+        temperature: of the vote.
+        augment: `published` = random crops and jitter of the memory images, `none` = the whole images.
+        passes: over the training images; null = 2 with augmentation, 1 without (the same entries again).
+        memory_size: entries at most, shared evenly by passes and images; null = all patches.
+        engine: of the search, both exact.
+        drop_last: of `reference`: images are left out that do not fill a last batch of so many (published: 64);
+            0 = none.
+
+    Raises:
+        NecoError: `drop_last` with `standard`, k empty, or no faiss where it is asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        compat: Compat = "standard",
+        size: Positive | None = None,
+        k: Positive | list[Positive] = 30,
+        temperature: PositiveFloat = 0.02,
+        augment: Literal["published", "none"] = "published",
+        passes: Positive | None = None,
+        memory_size: Positive | None = 10_240_000,
+        engine: Engine = "faiss",
+        drop_last: NonNegative = 0,
+    ) -> None:
+        check_engine(engine)
+        check_drop(compat, drop_last)
+        self.compat = compat
+        self.size = size
+        self.ks = sorted({k} if isinstance(k, int) else {*k})
+        self.temperature = temperature
+        self.augment = augment
+        self.passes = passes or (2 if augment == "published" else 1)
+        self.memory_size = memory_size
+        self.engine = engine
+        self.drop_last = drop_last
+        if not self.ks:
+            raise NecoError("k=[]: give at least one number of neighbours")
+
+    def plan(self, patch: int, dataset: Dataset) -> tuple[int, int, list[Sample], list[Sample]]:
+        """Size of the input, memory entries an image and pass, and the training and validation images.
+
+        Raises NecoError for everything that can be seen to fail before the first image is read.
+        """
+        size = input_size(self.size, SIZE, patch, dataset)
+        train, val = (labelled(dataset, split, self.drop_last) for split in ("train", "val"))
+        share = patches = (size // patch) ** 2
+        if self.memory_size is not None:
+            share = min(patches, self.memory_size // (len(train) * self.passes))
+        if share == 0:
+            raise NecoError(
+                f"memory_size={self.memory_size} is less than one entry for each of {len(train)} images in each of "
+                f"{self.passes} passes"
+            )
+        if self.ks[-1] > (entries := len(train) * self.passes * share):
+            raise NecoError(f"k={self.ks[-1]} nearest of at most {entries} memory entries: use a smaller k")
+        return size, share, train, val
+
+    def __call__(
+        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
+    ) -> Result:
+        """Evaluate `backbone`; `seed` is that of crops, jitter and the choice of memory entries.
+
+        Returns: metrics `miou_k<k>`, with the IoU of each class in the details.
+        """
+        extract, classes = extract or Extract(), len(dataset.classes)
+        size, share, train, val = self.plan(backbone.patch, dataset)
+        memory, labels = self._remember(backbone, dataset, train, size, share, extract, seed)
+        index = Neighbours(memory, engine=self.engine, device=extract.place(backbone))
+        labels = labels.to(index.device)
+        matrices = {k: torch.zeros(classes, classes, dtype=torch.long) for k in self.ks}
+        for _, features, masks in extract.stream(backbone, dataset, val, size, **self._reading, what="val"):
+            for image, mask in zip(features, masks, strict=True):  # one at a time: labels of k neighbours are large
+                near, where = index(F.normalize(image.flatten(0, 1), dim=1), self.ks[-1])
+                found = labels[where]
+                for k, matrix in matrices.items():
+                    shares = vote(near[:, :k], found[:, :k], self.temperature)
+                    shares = shares.T.reshape(1, classes, *image.shape[:2])
+                    predicted = F.interpolate(shares, size=(size, size), mode="bilinear").argmax(1)[0].cpu()
+                    matrix += metrics.confusion(predicted, mask, classes, classes)
+        if self.compat == "reference":
+            matrices = {k: metrics.remap(matrix, metrics.match_one_to_one(matrix)) for k, matrix in matrices.items()}
+        return Result(
+            self._protocol(size),
+            {f"miou_k{k}": metrics.miou(matrix, self.compat) for k, matrix in matrices.items()},
+            {
+                f"miou_k{k}": {
+                    "memory": len(memory),
+                    "iou": metrics.by_class(metrics.class_iou(matrix), dataset.classes),
+                }
+                for k, matrix in matrices.items()
+            },
+        )
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """How `compat` wants images and masks."""
+        if self.compat == "reference":
+            return {"std": REFERENCE_STD, "nearest": "floor"}
+        return {"std": STD, "nearest": "centre"}
+
+    def _remember(
+        self,
+        backbone: PatchFeatures,
+        dataset: Dataset,
+        samples: Sequence[Sample],
+        size: int,
+        share: int,
+        extract: Extract,
+        seed: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised features (M, D) and soft labels (M, C) of the memory, allocated once."""
+        memory = torch.empty(len(samples) * self.passes * share, backbone.dim)
+        labels = torch.empty(len(memory), len(dataset.classes))
+        filled = 0
+        scale = (0.5, 2.0) if self.compat == "reference" else (0.5, 1.0)
+        for turn in range(self.passes):
+            draw = Draw(scale, seed, turn) if self.augment == "published" else None
+            what = f"train, pass {turn + 1} of {self.passes}"
+            for rows, features, masks in extract.stream(
+                backbone, dataset, samples, size, **self._reading, draw=draw, what=what
+            ):
+                soft = soft_labels(masks, backbone.patch, len(dataset.classes), self.compat)
+                uniform = [
+                    generator(seed, turn, sample.key, "patches").random(soft.shape[1:3]) for sample in samples[rows]
+                ]
+                scores = patch_scores(soft, torch.tensor(np.stack(uniform)))
+                best = scores.flatten(1).topk(share, largest=False)
+                kept = best.values.isfinite()
+                image = torch.arange(len(soft))[:, None].expand_as(kept)[kept]
+                for store, values in ((memory, F.normalize(features, dim=3)), (labels, soft)):
+                    store[filled : filled + len(image)] = values.flatten(1, 2)[image, best.indices[kept]]
+                filled += len(image)
+        return memory[:filled], labels[:filled]
+
+    def _protocol(self, size: int) -> str:
+        parts = [
+            f"retrieval/{self.compat}/{size}",
+            f"k={','.join(map(str, self.ks))}",
+            f"augment={self.augment}",
+            f"passes={self.passes}",
+            f"memory={self.memory_size or 'all'}",
+            f"temperature={self.temperature:g}",
+        ]
+        return "/".join(parts + [f"drop_last={self.drop_last}"] * bool(self.drop_last))

@@ -1,0 +1,82 @@
+"""NeCo: student and teacher order the same reference patches in the same way (ICLR 2025, arXiv 2408.11054).
+
+Shapes: P pairs of views, B images, N aligned patches, n reference patches, D channels.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from neco.loss.sorting import Network, at_least_float32, sort_cross_entropy
+from neco.values import Positive, PositiveFloat
+
+Similarity = Literal["cosine", "euclidean"]
+
+
+class NeCo(nn.Module):
+    """Cross-entropy between the soft orders of the references, by similarity to each patch, of teacher and student.
+
+    For a patch, Q and P (n, n) are the soft permutations that sort its similarities to its image's n references for
+    the teacher and for the student; its loss is the mean over references i of -sum_j Q[i, j] log P[i, j]. That is
+    averaged over patches and images, then over pairs; with a mask over its patches only, where a pair without any adds
+    0 and still counts.
+
+    The floor of the loss is the entropy of Q; `kl`, the difference, is the part that can move.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: Network = "bitonic",
+        student_steepness: PositiveFloat = 100.0,
+        teacher_steepness: PositiveFloat = 100.0,
+        similarity: Similarity = "cosine",
+        references: Literal["batch", "queue"] = "batch",
+        queue_size: Positive = 8192,
+        grid: Annotated[int, Ge(2)] = 7,
+    ) -> None:
+        super().__init__()
+        self.network: Network = network
+        self.student_steepness, self.teacher_steepness = student_steepness, teacher_steepness
+        self.similarity: Similarity = similarity
+        # Read by the training module, which aligns patches on a grid x grid and supplies the references.
+        self.references, self.queue_size, self.grid = references, queue_size, grid
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, references: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """student, teacher (P, B, N, D), references (P, B, n, D), mask (P, B, N) bool -> loss, {kl, entropy, agreement}.
+
+        Computed in float32 (float64 for float64 input), inside autocast as well. `agreement` is the share of patches
+        whose nearest reference is the same for both. The teacher gets no gradient; the references do if they ask.
+        """
+        with torch.autocast(student.device.type, enabled=False):
+            ours = similarities(student, references, self.similarity)
+            with torch.no_grad():
+                theirs = similarities(teacher, references, self.similarity)
+            loss, entropy = sort_cross_entropy(
+                ours.flatten(0, 2), theirs.flatten(0, 2), self.network, self.student_steepness, self.teacher_steepness
+            )
+            agree = (ours.argmax(-1) == theirs.argmax(-1)).to(loss)
+            total, floor, agreement = (pair_mean(x.reshape(student.shape[:3]), mask) for x in (loss, entropy, agree))
+        return total, {"kl": total.detach() - floor, "entropy": floor, "agreement": agreement}
+
+
+def similarities(patches: Tensor, references: Tensor, kind: Similarity) -> Tensor:
+    """(..., N, D), (..., n, D) -> (..., N, n), larger is nearer: cosine, or the Euclidean distance negated."""
+    patches, references = at_least_float32(patches), at_least_float32(references)
+    if kind == "euclidean":
+        return -torch.cdist(patches, references, compute_mode="donot_use_mm_for_euclid_dist")
+    patches, references = F.normalize(patches, dim=-1), F.normalize(references, dim=-1)
+    # In float64, as "float32" products may be TF32 or bfloat16 by a global setting, and a steepness of 1000 shows that.
+    return (patches.double() @ references.double().mT).to(patches)
+
+
+def pair_mean(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of (P, B, N) over each pair's patches, those of the mask if given (0 if none), then over pairs."""
+    if mask is None:
+        return rows.mean()
+    return (rows.where(mask, 0).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)).mean()

@@ -1,0 +1,317 @@
+"""Relaxed sorting networks: values to soft permutations, and the cross-entropy between two of those with its gradient.
+
+Petersen et al., "Monotonic differentiable sorting networks" (ICLR 2022). A comparator on wires a and b replaces their
+values x_a, x_b by `alpha x_a + (1 - alpha) x_b` and `(1 - alpha) x_a + alpha x_b` with alpha = alpha(s (x_b - x_a)),
+s the steepness, and mixes the two columns of the permutation matrix P with the same weights. P starts as the identity;
+P[i, j] is the share of item i at rank j, ascending; its rows and columns sum to one.
+
+Shapes: R rows (vectors to sort), n values of a row = wires of the network = items = ranks, K comparators of a network.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from neco.errors import NecoError
+
+Network = Literal["bitonic", "odd_even"]
+# Rows at a time: few enough for the cache of a core, on a GPU many enough to hide the launches; either within a bound.
+CPU_ROWS, CUDA_ROWS, MAX_BYTES = 128, 1 << 14, 1 << 29
+MAX_WORKERS = 4  # Python's lock lets no more threads of small operations run side by side
+
+
+# The relaxation: swap(v) = 1 - alpha(v), the share that the two wires exchange, and its slope, for v = s (x_b - x_a).
+
+
+def swap_share(v: Tensor, out: Tensor | None = None) -> Tensor:
+    """Cauchy: 1 - alpha(v) = 1/2 - atan(v) / pi, written so that the smallest shares keep their relative precision."""
+    return torch.atan2(v.new_ones(()), v, out=out).mul_(1 / math.pi)
+
+
+def swap_slope(v: Tensor) -> Tensor:
+    """d swap_share / dv."""
+    return (v * v + 1).reciprocal_().mul_(-1 / math.pi)
+
+
+class Comparators(NamedTuple):
+    """A regular block of comparators that act at once: wire a = wire + block * wire_step + run * 2 * reach + 0..width - 1
+    against wire b = a + reach.
+
+    Only `items` rows of P, from item + block * item_step on, can be non-zero on a block's wires: the others are skipped.
+    A range that leaves 0..n - 1 falls on a margin of zeros.
+    """
+
+    wire: int
+    reach: int
+    width: int
+    runs: int
+    blocks: int
+    wire_step: int
+    item: int
+    items: int
+    item_step: int
+    signs: tuple[int, ...]  # of each block: +1 ascending, -1 descending
+
+    @property
+    def count(self) -> int:
+        return self.blocks * self.runs * self.width
+
+    def sides(self, wires: Tensor, margin: int | None = None) -> tuple[Tensor, Tensor]:
+        """Views of wires (n, margin + n + margin, R) or, without margin, (n, 1, R): both (blocks, runs, width, items, R)."""
+        by_wire, by_item, by_row = wires.stride()
+        items, item, by_item = (1, 0, 0) if margin is None else (self.items, self.item + margin, by_item)
+        size = (self.blocks, self.runs, self.width, items, wires.shape[2])
+        stride = (self.wire_step * by_wire + self.item_step * by_item, 2 * self.reach * by_wire, by_wire, by_item, by_row)
+        start = wires.storage_offset() + self.wire * by_wire + item * by_item
+        return wires.as_strided(size, stride, start), wires.as_strided(size, stride, start + self.reach * by_wire)
+
+
+@lru_cache
+def comparators(network: Network, n: int) -> tuple[Comparators, ...]:
+    """The network for n values, in the order of execution.
+
+    `odd_even`: n layers of neighbours. `bitonic`: the network for N = 2^m >= n wires without its first N - n wires and
+    every comparator that touches them, which is how PyPI `diffsort` reads "any n".
+    """
+    if network not in get_args(Network):
+        raise NecoError(f"sorting network {network!r} does not exist; choose one of {', '.join(get_args(Network))}")
+    if n < 2:
+        raise NecoError(f"a sorting network needs at least 2 values, got n = {n}")
+    blocks: list[Comparators] = []
+    if network == "odd_even":
+        for layer in range(n):
+            start, items = layer % 2, min(2 * layer + 2, n)
+            step = 2 if items < n else 0  # an item spreads by one wire per layer: a band along the diagonal, until full
+            count = (n - start) // 2
+            blocks.append(Comparators(start, 1, 1, 1, count, 2, step and start - layer, items, step, (1,) * count))
+        return tuple(block for block in blocks if block.count)
+    absent = (1 << (n - 1).bit_length()) - n
+    for stage in range((n - 1).bit_length()):
+        size = 2 << stage  # a stage sorts groups of this many wires: P is block diagonal after it
+        top = -absent % size  # wires of the first group where that is incomplete
+        for reach in (1 << bit for bit in range(stage, -1, -1)):
+            part, sign = -absent % (2 * reach), (-1) ** (absent // size)
+            if part > reach:
+                blocks.append(Comparators(0, reach, part - reach, 1, 1, 0, 0, top, 0, (sign,)))
+            if top > part:
+                runs = (top - part) // (2 * reach)
+                blocks.append(Comparators(part, reach, reach, runs, 1, 0, 0, top, 0, (sign,)))
+            if n > top:
+                count, first = (n - top) // size, (absent + top) // size
+                signs = tuple((-1) ** (first + group) for group in range(count))
+                runs = size // (2 * reach)
+                blocks.append(Comparators(top, reach, reach, runs, count, size, top, size, size, signs))
+    return tuple(blocks)
+
+
+def soft_sort(x: Tensor, network: Network = "bitonic", steepness: float = 100.0) -> tuple[Tensor, Tensor]:
+    """Sort x (..., n) softly, ascending -> (sorted values (..., n), permutations P (..., n, n)), differentiable.
+
+    P[..., i, j] is the share of item i at rank j, and `sorted = x P`. Half-precision input is computed in float32.
+    This is the plain form, for use and for tests; training uses `sort_cross_entropy`.
+    """
+    n = x.shape[-1]
+    rows = at_least_float32(x).reshape(-1, n)
+    wires = torch.arange(n, device=x.device)
+    identity = torch.eye(n, device=x.device, dtype=rows.dtype)[:, :, None].expand(n, n, len(rows))
+    state = torch.cat([rows.t()[:, None], identity], 1)  # (n wires, value and n items, R)
+    for block in comparators(network, n):
+        a, b = (side.flatten() for side in block.sides(wires[:, None, None]))
+        sign = torch.tensor(block.signs, device=x.device).repeat_interleave(block.count // block.blocks)
+        gap = state[b] - state[a]
+        share = swap_share(gap[:, :1] * (steepness * sign[:, None, None])) * gap
+        state = state.index_add(0, a, share).index_add(0, b, -share)
+    values, items = state[:, 0], state[:, 1:]
+    return values.t().reshape(x.shape), items.permute(2, 1, 0).reshape(*x.shape, n)
+
+
+def sort_cross_entropy(
+    student: Tensor,
+    teacher: Tensor,
+    network: Network = "bitonic",
+    student_steepness: float = 100.0,
+    teacher_steepness: float = 100.0,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy between the soft permutations of student (R, n) and teacher (R, n), row by row.
+
+    -> (loss (R,) = mean over items i of -sum_j Q[i, j] log P[i, j],  entropy (R,) = the same with log Q), where P sorts
+    the student's row and Q the teacher's. Only the student gets a gradient, and only from the loss. Values are sorted in
+    float32, or in float64 if given so; P below the smallest normal number counts as that, with zero gradient.
+
+    The gradient is computed in the forward pass, a chunk of rows at a time, so memory grows neither with the layers nor
+    (but for the result) with the rows.
+    """
+    if student.shape != teacher.shape or student.ndim != 2:
+        raise NecoError(f"student and teacher must both be (R, n), got {(*student.shape,)} and {(*teacher.shape,)}")
+    student = at_least_float32(student)
+    x, y = student.detach() * student_steepness, teacher.detach().to(student) * teacher_steepness
+    if torch.is_grad_enabled() and student.requires_grad:
+        return _SortCrossEntropy.apply(student, x, y, network, student_steepness)
+    return _sort_cross_entropy(x, y, network, None)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in float32 if it is of half precision: sorting in less leaves rows that sum to 1.03 and exact zeros."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _SortCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, x, y, network, steepness):  # type: ignore[override]
+        gradient = torch.empty_like(x)
+        loss, entropy = _sort_cross_entropy(x, y, network, gradient)
+        ctx.save_for_backward(gradient.mul_(steepness))
+        ctx.mark_non_differentiable(entropy)
+        return loss, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss, entropy):  # type: ignore[override]
+        return ctx.saved_tensors[0] * loss[:, None], None, None, None, None
+
+
+def _sort_cross_entropy(x: Tensor, y: Tensor, network: Network, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Loss and entropy (R,) of x, y (R, n), each times its steepness; fills `gradient` (R, n) = d loss / d x if given.
+
+    An engine is a function with this signature.
+    """
+    rows, n = x.shape
+    loss, entropy = x.new_empty(2, rows)
+    row_bytes = x.element_size() * sum(block.count * block.items for block in comparators(network, n))
+    chunk = min(CUDA_ROWS if x.is_cuda else CPU_ROWS, MAX_BYTES // row_bytes, rows)
+    chunk = max(1, -(-chunk // 32)) * 32  # whole vector registers
+
+    def work(starts: range) -> None:
+        with torch.inference_mode(x.is_inference()):  # a mode belongs to its thread
+            sorter = _Sorter(network, n, chunk, x)
+            for start in starts:
+                part = slice(start, start + chunk)
+                sorter(x[part], y[part], loss[part], entropy[part], None if gradient is None else gradient[part])
+
+    if x.is_cuda:
+        work(range(0, rows, chunk))
+        return loss, entropy
+    # A thread for every other chunk and none inside the many small operations: a barrier at each costs more than it
+    # gives, and on a busy machine (data workers) it waits for the scheduler: seconds instead of milliseconds.
+    threads = torch.get_num_threads()
+    workers = max(1, min(threads, MAX_WORKERS, -(-rows // chunk)))
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, (range(worker * chunk, rows, workers * chunk) for worker in range(workers))))
+    finally:
+        torch.set_num_threads(threads)  # part of that setting is the process's
+    return loss, entropy
+
+
+class _Block(NamedTuple):
+    """One `Comparators` as views into the buffers of a `_Sorter`: pairs are its two sides."""
+
+    values: tuple[Tensor, Tensor]
+    student: tuple[Tensor, Tensor]
+    teacher: tuple[Tensor, Tensor]
+    grad: tuple[Tensor, Tensor]
+    sign: Tensor
+    gap: Tensor
+    share: Tensor
+    share_student: Tensor
+    share_teacher: Tensor
+    stored: Tensor
+    scratch: Tensor
+    grad_share: Tensor
+    mix: Tensor
+    push: Tensor
+
+
+class _Sorter:
+    """Buffers for R rows, wires first and rows last so that every operation runs along contiguous rows, in place."""
+
+    def __init__(self, network: Network, n: int, rows: int, like: Tensor) -> None:
+        plan = comparators(network, n)
+        margin = max(0, *(max(-b.item, b.item + (b.blocks - 1) * b.item_step + b.items - n) for b in plan))
+        total, stored = sum(b.count for b in plan), sum(b.count * b.items for b in plan)
+        self.values = like.new_empty(n, 1, 2 * rows)  # student's rows, then teacher's
+        padded = like.new_zeros(2, n, n + 2 * margin, rows)
+        self.student, self.teacher = padded[:, :, margin : margin + n]
+        signs = [-sign for b in plan for sign in b.signs for _ in range(b.count // b.blocks)]
+        self.sign = torch.tensor(signs, dtype=like.dtype).to(like.device, non_blocking=True)[:, None]  # v = sign (a - b)
+        self.gap, self.share = like.new_empty(2, total, 2 * rows)
+        self.mix, self.push, self.grad_share = like.new_empty(3, total, rows)
+        differences = like.new_empty(stored, rows)
+        scratch = like.new_empty(max(b.count * b.items for b in plan), rows)
+        self.blocks, at, kept = [], 0, 0
+        for b in plan:
+            one, every = (b.blocks, b.runs, b.width, 1, -1), (b.blocks, b.runs, b.width, b.items, rows)
+            part, size = slice(at, at + b.count), b.count * b.items
+            share = self.share[part].view(one)
+            self.blocks.append(
+                _Block(
+                    values=b.sides(self.values),
+                    student=b.sides(padded[0], margin),
+                    teacher=b.sides(padded[1], margin),
+                    grad=b.sides(self.values[..., :rows]),
+                    sign=self.sign[part].view(one),
+                    gap=self.gap[part].view(one),
+                    share=share,
+                    share_student=share[..., :rows],
+                    share_teacher=share[..., rows:],
+                    stored=differences[kept : kept + size].view(every),
+                    scratch=scratch[:size].view(every),
+                    grad_share=self.grad_share[part].view(b.blocks, b.runs, b.width, rows),
+                    mix=self.mix[part].view(one),
+                    push=self.push[part].view(one),
+                )
+            )
+            at, kept = at + b.count, kept + size
+
+    def __call__(self, x: Tensor, y: Tensor, loss: Tensor, entropy: Tensor, gradient: Tensor | None) -> None:
+        """Sort x and y (r, n), r <= R; write loss and entropy (r,) and gradient (r, n)."""
+        r, n = x.shape
+        rows = self.values.shape[2] // 2
+        self.values.zero_()
+        self.values[:, 0, :r], self.values[:, 0, rows : rows + r] = x.t(), y.t()
+        for b in self.blocks:
+            torch.sub(*b.values, out=b.gap)
+            swap_share(b.gap * b.sign, out=b.share)
+            _exchange(b.values, b.share, b.gap)
+        for matrix in self.student, self.teacher:
+            matrix.zero_().diagonal().fill_(1)
+        for b in self.blocks:
+            torch.sub(*b.teacher, out=b.scratch)
+            _exchange(b.teacher, b.share_teacher, b.scratch)
+        for b in self.blocks:
+            torch.sub(*b.student, out=b.stored)
+            _exchange(b.student, b.share_student, b.stored)
+
+        p, q, tiny = self.student, self.teacher, torch.finfo(x.dtype).tiny
+        loss.copy_(p.clamp_min_(tiny).log().mul_(q).sum((0, 1))[:r].div_(-n))
+        entropy.copy_(torch.special.xlogy(q, q).sum((0, 1))[:r].div_(-n))
+        if gradient is None:
+            return
+        lost = p <= tiny
+        torch.div(q, p, out=p).masked_fill_(lost, 0)  # -n dloss/dP, in P's place
+        for b in reversed(self.blocks):  # a layer is symmetric: its transpose is itself
+            torch.sub(*b.student, out=b.scratch)
+            _exchange(b.student, b.share_student, b.scratch)
+            torch.sum(b.stored.mul_(b.scratch), 3, out=b.grad_share)  # -dloss/dshare
+        # share(gap) gap leaves side a for side b; what depends on the gap, for all comparators at once
+        gap, share = self.gap[:, :rows], self.share[:, :rows]
+        slope = swap_slope(gap * self.sign).mul_(self.sign)
+        torch.addcmul(share, gap, slope, out=self.mix)
+        torch.mul(self.grad_share, slope, out=self.push)
+        self.values.zero_()
+        for b in reversed(self.blocks):
+            flow = torch.addcmul(b.push, b.mix, b.grad[0] - b.grad[1])
+            b.grad[0].sub_(flow)
+            b.grad[1].add_(flow)
+        gradient.copy_(self.values[:, 0, :r].t().div(-n))
+
+
+def _exchange(sides: tuple[Tensor, Tensor], share: Tensor, difference: Tensor) -> None:
+    """Move `share` of the difference a - b from side a to side b, in place."""
+    sides[0].addcmul_(share, difference, value=-1)
+    sides[1].addcmul_(share, difference)

@@ -1,0 +1,214 @@
+"""Any timm ViT as one thing: images (B, 3, H, W) -> patch map (B, h, w, D), and CLS attention when asked.
+
+Shapes: B images, H W pixels, h w patches, g patches per side at the pretraining size, T tokens, D channels.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
+from timm.models.eva import Eva, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from neco.errors import NecoError
+from neco.values import Fraction, Positive
+
+Rule = Literal["hub", "timm", "neco"]
+
+
+def interpolate_positions(pos: Tensor, h: int, w: int, rule: Rule, registers: bool) -> Tensor:
+    """Resample the position embedding of a square grid, (1, g*g, D) -> (1, h*w, D), bicubic, in float32 or better.
+
+    At h = w = g every rule returns `pos` itself. Elsewhere (`registers`: does the network have register tokens):
+
+    - `hub`: DINOv2's own code. Without registers scale factors (h + 0.1) / g, (w + 0.1) / g and no antialias, which is
+      DINO's code too; with registers the exact size and antialias.
+    - `timm`: exact size and antialias.
+    - `neco`: the published NeCo code, scale factors with 0.1 and no antialias for all.
+    """
+    g = math.isqrt(pos.shape[1])
+    if (h, w) == (g, g):
+        return pos
+    grid = pos.to(torch.promote_types(pos.dtype, torch.float32)).reshape(1, g, g, -1).permute(0, 3, 1, 2)
+    if rule == "timm" or (rule == "hub" and registers):
+        grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
+    else:  # the given factor, not h / g, maps the coordinates: that is the published behaviour, not a rounding detail
+        grid = F.interpolate(grid, scale_factor=((h + 0.1) / g, (w + 0.1) / g), mode="bicubic")
+    return grid.permute(0, 2, 3, 1).reshape(1, h * w, -1).to(pos.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What is known of a backbone before anything is allocated."""
+
+    patch: int
+    dim: int
+    depth: int
+    size: int
+    parameters: int
+
+
+class Backbone(nn.Module):
+    """A ViT of timm (`VisionTransformer`: DINO, DINOv2, ...; `Eva`: DINOv3, ...), built with random weights.
+
+    `neco.model.weights.load` fills it. Attributes: `patch`, `dim`, `depth`, `size`; `net`, the timm network;
+    `spec`, what features depend on besides the weights (for cache keys).
+
+    Args:
+        name: timm's name of the network, with its tag (`vit_small_patch14_dinov2.lvd142m`).
+        size: input size at which it was pretrained, in pixels: what its position embedding was made for.
+            Inputs may be any multiple of the patch.
+        pos_interp: how the position embedding is resampled for other inputs, see `interpolate_positions`
+            (no effect on networks with rotary positions only).
+        registers: `drop` throws the register tokens away (`dinov2r_xr`); `hub` then resamples as without registers.
+        weights: where `load` looks when it isn't told: hub, none, a hub name, a URL, a file, or `package:FILE`.
+        drop_path: stochastic depth of the last block, linear over depth from 0 in the first; only while training.
+        arch: numbers that replace those of the named network.
+
+    Raises:
+        NecoError: timm has no such network or it is no plain ViT, the size isn't a multiple of the patch,
+            or there are no registers to drop.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        size: Positive,
+        pos_interp: Rule = "hub",
+        registers: Literal["keep", "drop"] = "keep",
+        weights: str = "hub",
+        drop_path: Fraction = 0.0,
+        arch: dict[Literal["embed_dim", "depth", "num_heads", "patch_size"], Positive] | None = None,
+    ) -> None:
+        super().__init__()
+        arch = {**arch} if arch else {}
+        self.net = _build(name, img_size=size, drop_path_rate=drop_path, **arch)
+        self.patch: int = self.net.patch_embed.patch_size[0]
+        self.dim: int = self.net.embed_dim
+        self.depth = len(self.net.blocks)
+        self.size, self.pos_interp, self.weights = size, pos_interp, weights
+        self.spec: dict[str, Any] = dict(name=name, size=size, pos_interp=pos_interp, registers=registers, arch=arch)
+        if size % self.patch:
+            raise NecoError(f"model.size={size} is no multiple of the patch of {name}, {self.patch} pixels")
+        if registers == "drop":
+            self._drop_registers()
+
+    @classmethod
+    def outline(cls, **values: Any) -> Outline:
+        """Patch, width, depth and number of parameters of `Backbone(**values)`, allocating none of them."""
+        with torch.device("meta"):
+            self = cls(**values)
+        return Outline(self.patch, self.dim, self.depth, self.size, sum(p.numel() for p in self.parameters()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> patch tokens of the last block after the final norm, (B, h, w, D).
+
+        Raises NecoError when H or W is not a multiple of the patch.
+        """
+        tokens, rope, (h, w) = self._embed(images)
+        for block in self.net.blocks:
+            tokens = _apply(block, tokens, rope)
+        return self._patches(tokens, h, w)
+
+    def attention(self, images: Tensor) -> Tensor:
+        """Attention (B, heads, h, w) from CLS to the patches in the last block: see `forward_attention`."""
+        return self.forward_attention(images)[1]
+
+    def forward_attention(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch map (B, h, w, D) and attention (B, heads, h, w), float32, of one pass.
+
+        The attention is the softmax over all T tokens, as the network uses it; CLS and registers are then left out,
+        so a map sums to less than 1. Only the row of CLS is computed: the block itself stays fused.
+        """
+        if self.net.cls_token is None:
+            raise NecoError(f"{self.spec['name']} has no CLS token: there is no attention of it to the patches")
+        tokens, rope, (h, w) = self._embed(images)
+        *blocks, last = self.net.blocks
+        for block in blocks:
+            tokens = _apply(block, tokens, rope)
+        attention = _cls_attention(last, tokens, rope)[..., self.prefix :]
+        return self._patches(_apply(last, tokens, rope), h, w), attention.unflatten(-1, (h, w))
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the patches: CLS and registers."""
+        return self.net.num_prefix_tokens
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """Tokens (B, T, D) before the first block, rotary embedding or None, (h, w)."""
+        height, width = images.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise NecoError(f"images of {height}x{width} pixels: both must be multiples of the patch, {self.patch}")
+        net, tokens = self.net, self.net.patch_embed(images)
+        batch, h, w, _ = tokens.shape
+        tokens = tokens.flatten(1, 2)
+        prefix = [token for token in (net.cls_token, net.reg_token) if token is not None]
+        if net.pos_embed is not None:  # the prefix has positions of its own unless timm folded them into its tokens
+            own = 0 if net.no_embed_class else self.prefix
+            positions = net.pos_embed[:, own:]
+            tokens = tokens + interpolate_positions(positions, h, w, self.pos_interp, net.reg_token is not None)
+            if own:
+                prefix = [torch.cat(prefix, 1) + net.pos_embed[:, :own]]
+        tokens = torch.cat([*(token.expand(batch, -1, -1) for token in prefix), tokens], 1)
+        rope = getattr(net, "rope", None)
+        return net.norm_pre(tokens), None if rope is None else rope.get_embed(shape=(h, w)), (h, w)
+
+    def _patches(self, tokens: Tensor, h: int, w: int) -> Tensor:
+        return self.net.norm(tokens)[:, self.prefix :].unflatten(1, (h, w))
+
+    def _drop_registers(self) -> None:
+        net = self.net
+        if net.reg_token is None or not (net.pos_embed is None or net.no_embed_class):
+            raise NecoError(f"model.registers=drop: {self.spec['name']} has no registers that can be dropped")
+        net.num_prefix_tokens -= net.reg_token.shape[1]
+        net.reg_token, net.num_reg_tokens = None, 0
+        for block in net.blocks:
+            if hasattr(block.attn, "num_prefix_tokens"):  # rotary attention must know what not to rotate
+                block.attn.num_prefix_tokens = net.num_prefix_tokens
+
+
+def _build(name: str, **arch: Any) -> Any:
+    if not timm.is_model(name):  # also keeps timm from reading names such as hf-hub:... as a download
+        near = difflib.get_close_matches(name, timm.list_models(["vit*", "deit*", "eva*"], pretrained=True), 1)
+        raise NecoError(f"model.name={name}: timm has no such network{f'; did you mean {near[0]}?' if near else ''}")
+    try:
+        net = timm.create_model(name, pretrained=False, num_classes=0, global_pool="", dynamic_img_size=True, **arch)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise NecoError(f"model.name={name} cannot be built by timm with {arch}: {error}") from error
+    if type(net) not in (VisionTransformer, Eva) or getattr(net, "rope_mixed", False):
+        raise NecoError(f"model.name={name} is a {type(net).__name__}; a plain VisionTransformer or Eva is needed")
+    return net
+
+
+def _apply(block: nn.Module, tokens: Tensor, rope: Tensor | None) -> Tensor:
+    return block(tokens) if rope is None else block(tokens, rope=rope)
+
+
+def _cls_attention(block: Any, tokens: Tensor, rope: Tensor | None) -> Tensor:
+    """Softmax attention (B, heads, T) of the first token to all tokens in a pre-norm block, from the block's input."""
+    if type(block) not in (Block, EvaBlock) or getattr(block.attn, "num_kv_groups", 1) > 1:
+        raise NecoError(f"attention is not defined for {type(block).__name__} with {type(block.attn).__name__}")
+    attn, x = block.attn, block.norm1(tokens)
+    if attn.qkv is None:
+        q, k = attn.q_proj(x[:, :1]), attn.k_proj(x)
+    else:
+        bias = attn.qkv.bias
+        if getattr(attn, "q_bias", None) is not None:
+            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        (wq, wk, _), (bq, bk, _) = attn.qkv.weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3)
+        q, k = F.linear(x[:, :1], wq, bq), F.linear(x, wk, bk)
+    q, k = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k))  # (B, heads, 1 or T, D / heads)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        own = attn.num_prefix_tokens
+        k = torch.cat([k[:, :, :own], apply_rot_embed_cat(k[:, :, own:], rope, half=attn.rotate_half)], 2)
+    with torch.autocast(tokens.device.type, enabled=False):  # bf16 products would move a sharp softmax
+        q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))
+        return (q * attn.scale @ k.transpose(-2, -1)).softmax(-1)[:, :, 0]

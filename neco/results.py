@@ -1,0 +1,144 @@
+"""The run folder: what was asked (config, overrides), where it ran (environment) and what came out (results.json)."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGES = (
+    "neco",
+    "torch",
+    "timm",
+    "pytorch-lightning",
+    "hydra-core",
+    "numpy",
+    "opencv-python-headless",
+    "faiss-gpu",
+    "faiss-cpu",
+)
+
+
+def write(path: Path, text: str) -> None:
+    """Write whole or not at all: a temporary file beside it, synced, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def git_revision() -> str | None:
+    """The checkout's revision, with `+changes` where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", here, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if "neco/results.py" not in git("ls-files", "--full-name", "results.py"):
+            return None  # installed inside somebody else's checkout
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(output: Path, config: dict[str, Any], overrides: list[str], device: str) -> None:
+    """Write config.yaml (resolved), overrides.txt and environment.json into the run folder."""
+    write(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write(output / "overrides.txt", "".join(f"{override}\n" for override in overrides))
+    environment = {
+        "command": " ".join(sys.argv),
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "packages": versions(),
+    }
+    write(output / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+class Results:
+    """results.json: one record for each evaluation of one network at one step, rewritten whole at each change."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "results.json"
+        self.records: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else []
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a record, in place of an earlier one of the same step, network and evaluation."""
+
+        def key(r: dict[str, Any]) -> tuple:
+            return r["step"], r["network"], r["evaluation"]
+
+        self.records = [r for r in self.records if key(r) != key(record)] + [record]
+        self.save()
+
+    def find(self, step: int, network: str, evaluation: str, weights: str) -> dict[str, Any] | None:
+        """The record of this evaluation at `step`, if it is of these weights."""
+        wanted = (step, network, evaluation, weights)
+        return next(
+            (r for r in self.records if (r["step"], r["network"], r["evaluation"], r["weights"]) == wanted), None
+        )
+
+    def drop_after(self, step: int) -> None:
+        """Forget what came after `step`: a run that resumes there does it again."""
+        if any(r["step"] > step for r in self.records):
+            self.records = [r for r in self.records if r["step"] <= step]
+            self.save()
+
+    def save(self) -> None:
+        write(self.path, json.dumps(self.records, indent=1) + "\n")
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Numbers of the first and the last step side by side, a line for each evaluation, metric and network."""
+    if not records:
+        return "(no evaluations)"
+    first, last = min(r["step"] for r in records), max(r["step"] for r in records)
+    rows = []
+    for record in (r for r in records if r["step"] == last):
+        before = next(
+            (
+                r["metrics"]
+                for r in records
+                if (r["step"], r["network"], r["evaluation"]) == (first, record["network"], record["evaluation"])
+            ),
+            {},
+        )
+        for name, value in record["metrics"].items():
+            row = [record["dataset"], record["protocol"], name, record["network"], f"{value:.4f}"]
+            if first != last:
+                old = before.get(name)
+                row[4:] = [f"{old:.4f}", f"{value:.4f}", f"{value - old:+.4f}"] if old is not None else ["", row[4], ""]
+            rows.append(row)
+    head = ["dataset", "protocol", "metric", "network"]
+    return columns([head + (["before", "after", "change"] if first != last else ["value"]), *rows])
+
+
+def columns(rows: list[list[str]]) -> str:
+    """Rows of text as aligned columns, the first row underlined."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

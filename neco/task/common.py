@@ -1,0 +1,105 @@
+"""What tasks share: the device, the run folder's lock, weights, and recording evaluations."""
+
+import contextlib
+import fcntl
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from neco.config import Settings
+from neco.errors import NecoError
+from neco.model.weights import weights_hash
+from neco.results import Results
+from neco.training import memory
+
+log = logging.getLogger(__name__)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises NecoError when a GPU is asked for and none is there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise NecoError("device=cuda: no GPU is available here; use device=auto or device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What to call the device in reports."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder; a second process that wants it gets a NecoError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NecoError(f"run_dir={folder}: another process is running there") from None
+        yield
+
+
+def source_of_weights(settings: Settings) -> tuple[str | None, str]:
+    """`checkpoint` and `weights` of the configuration as what `neco.model.weights.load` takes: (source, which)."""
+    run = settings.run
+    if run.weights == "none":
+        if run.checkpoint:
+            raise NecoError(f"weights=none: random weights, yet checkpoint={run.checkpoint}; give one of the two")
+        return "none", "auto"
+    source = run.checkpoint
+    if source and (Path(source).expanduser() / "checkpoints" / "last.ckpt").is_file():
+        source = str(Path(source).expanduser() / "checkpoints" / "last.ckpt")
+    if source is None and run.weights != "auto":
+        raise NecoError(f"weights={run.weights}: name the checkpoint that holds it: checkpoint=RUN_FOLDER_OR_FILE")
+    return source, run.weights
+
+
+def measure(
+    settings: Settings,
+    store: Results,
+    networks: Mapping[str, nn.Module],
+    dataset: Any,
+    dataset_name: str,
+    device: torch.device,
+    step: int = 0,
+    epoch: float = 0.0,
+    loggers: Iterable[Any] = (),
+) -> None:
+    """Run the selected evaluations on each network and record them with all that the numbers depend on.
+
+    Networks with equal weights are measured once. What is recorded already, at this step with these weights, is kept.
+    Leaves modes and random state as they were.
+    """
+    evaluations = settings.build_all("eval")
+    done: dict[tuple[str, str], dict[str, Any]] = {}
+    with torch.random.fork_rng():
+        for network, backbone in networks.items():
+            digest = weights_hash(backbone)
+            for name, evaluation in evaluations.items():
+                record = store.find(step, network, name, digest) or done.get((digest, name))
+                if record is None:
+                    log.info("evaluating: %s of the %s on %s", name, network, dataset_name)
+                    record = _run(evaluation, backbone, dataset, settings, device)
+                    record = {"evaluation": name, "dataset": dataset_name, "weights": digest, "step": step} | record
+                    record |= {"epoch": epoch, "seed": settings.run.seed}
+                done[digest, name] = record
+                store.add({**record, "network": network})
+                for logger in loggers:
+                    metrics = {f"eval/{name}/{network}/{key}": value for key, value in record["metrics"].items()}
+                    logger.log_metrics(metrics, step)
+
+
+def _run(
+    evaluation: Any, backbone: nn.Module, dataset: Any, settings: Settings, device: torch.device
+) -> dict[str, Any]:
+    memory.reset_peak(device)
+    start = time.monotonic()
+    result = evaluation(backbone, dataset, extract=settings.build("extract", device=device), seed=settings.run.seed)
+    seconds, peak = time.monotonic() - start, memory.peak(device) / memory.GB
+    return {**asdict(result), "seconds": round(seconds, 2), "peak_memory_gb": round(peak, 3)}

@@ -1,0 +1,75 @@
+"""task=eval: run the selected evaluations on a backbone."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neco import results
+from neco.config import Settings, build, call
+from neco.dataset.base import Dataset
+from neco.errors import NecoError
+from neco.model import weights
+from neco.model.backbone import Backbone
+from neco.task.common import choose_device, device_name, locked, measure, source_of_weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """What `prepare` found out."""
+
+    dataset: Dataset
+    model: dict[str, Any]
+    source: str | None
+    which: str
+    device: torch.device
+
+
+def prepare(settings: Settings) -> Job:
+    """Cross-check the configuration and list the files. Raises NecoError for whatever would fail later."""
+    source, which = source_of_weights(settings)
+    model = settings.config["model"]
+    if (trained := model_of(source)) and not settings.chosen("model"):
+        model = trained
+    values = {key: value for key, value in model.items() if key != "_target_"}
+    call(Backbone.outline, "model", **values)
+    dataset = settings.build("dataset")
+    if not settings.config["eval"]:
+        raise NecoError("eval=[]: nothing to evaluate; choose for example eval=[retrieval,overcluster]")
+    if not dataset.classes:
+        raise NecoError(f"dataset={settings.choices['dataset']} has no labels, so nothing can be evaluated on it")
+    call(dataset.samples, "dataset", split="val")
+    return Job(dataset, model, source, which, choose_device(settings.run.device))
+
+
+def model_of(source: str | None) -> dict[str, Any] | None:
+    """The model node that one of our own checkpoints was trained with, None for any other source."""
+    if source is None or not source.endswith(".ckpt") or not Path(source).is_file():
+        return None
+    held = torch.load(source, weights_only=True, mmap=True, map_location="cpu").get("neco")
+    return held and held["config"]["model"]
+
+
+def main(settings: Settings, job: Job, output: Path) -> float | None:
+    """Evaluate and record; returns the first number of the first evaluation."""
+    with locked(output):
+        results.describe(output, settings.config, settings.overrides, device_name(job.device))
+        torch.manual_seed(settings.run.seed)
+        backbone = build(job.model, "model")
+        report = weights.load(backbone, job.source, job.which)
+        log.info("%s: %s", job.model["name"], report)
+        store = results.Results(output)
+        loggers = settings.build_all("logger", folder=output, step=0)
+        network = {"only": "backbone"}.get(report.which, report.which)
+        name = settings.choices["dataset"]
+        measure(
+            settings, store, {network: backbone.to(job.device)}, job.dataset, name, job.device, loggers=loggers.values()
+        )
+        for logger in loggers.values():
+            logger.finalize("success")
+        log.info("\n%s\n\nwrote  %s", results.table(store.records), store.path)
+    return next(iter(store.records[0]["metrics"].values()))

@@ -1,0 +1,265 @@
+"""task=train: post-train a backbone, evaluating it before, while and after."""
+
+import hashlib
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from neco import results
+from neco.augment.views import Views
+from neco.config import Settings, Train, call
+from neco.dataset.base import Dataset, Sample
+from neco.errors import NecoError
+from neco.model import weights
+from neco.model.backbone import Backbone, Outline
+from neco.task.common import choose_device, device_name, locked, measure, source_of_weights
+from neco.training import data, memory
+from neco.training.loop import Checkpoints, Loop, Plan
+from neco.training.module import PostTraining
+
+log = logging.getLogger(__name__)
+
+# What a resumed run may change and still be the same run.
+FREE = {
+    "run_dir",
+    "debug",
+    "device",
+    "data_root",
+    "cache_dir",
+    "extract",
+    "logger",
+    "eval",
+    "val_dataset",
+    "dataset.root",
+}
+FREE |= {f"train.{key}" for key in ("resume", "workers", "eval_epochs", "save_epochs", "save_minutes", "log_steps")}
+
+
+@dataclass
+class Job:
+    """What `prepare` found out."""
+
+    samples: list[Sample]
+    views: Views
+    outline: Outline
+    plan: Plan
+    val: Dataset | None
+    val_name: str
+    device: torch.device
+
+
+def prepare(settings: Settings) -> Job:
+    """Cross-check the configuration and list the files; reads no image and builds no network.
+
+    Raises NecoError for whatever would fail later.
+    """
+    options: Train = settings.spine["train"]
+    values = {key: value for key, value in settings.config["model"].items() if key != "_target_"}
+    outline = call(Backbone.outline, "model", **values)
+    views = call(settings.build("augment").resolve, "augment", patch=outline.patch, size=outline.size)
+    source_of_weights(settings)
+    dataset = settings.build("dataset")
+    samples = call(dataset.samples, "dataset", split="train")
+    if not samples:
+        raise NecoError(f"dataset: the train split of {settings.choices['dataset']} is empty")
+    plan = Plan(len(samples), options)
+    settings.build("loss")
+    val, val_name = dataset, settings.choices["dataset"]
+    if settings.config.get("val_dataset"):
+        val, val_name = settings.build("val_dataset"), settings.choices["dataset@val_dataset"]
+    if settings.config["eval"] and not val.classes:
+        if settings.config.get("val_dataset"):
+            raise NecoError(f"dataset@val_dataset={val_name} has no labels, so nothing can be evaluated on it")
+        log.info("no evaluations: %s has no labels; name a labelled set with dataset@val_dataset=NAME", val_name)
+        val = None
+    elif settings.config["eval"]:
+        call(val.samples, "val_dataset", split="val")
+    else:
+        val = None
+    return Job(samples, views, outline, plan, val, val_name, choose_device(settings.run.device))
+
+
+def main(settings: Settings, job: Job, output: Path) -> float | None:
+    """Train, or go on with the run found in `output`; returns the last number of the first evaluation's teacher."""
+    with locked(output):
+        return _train(settings, job, output)
+
+
+def _train(settings: Settings, job: Job, output: Path) -> float | None:
+    options: Train = settings.spine["train"]
+    plan, device = job.plan, job.device
+    listing = hashlib.sha256("\n".join(sample.key for sample in job.samples).encode()).hexdigest()[:12]
+    saved = {"config": settings.config, "files": listing}
+    checkpoints = Checkpoints(output / "checkpoints")
+    resume = _find(options.resume, checkpoints.last, saved)
+    done = torch.load(resume, weights_only=True, mmap=True, map_location="cpu")["global_step"] if resume else 0
+    results.describe(output, settings.config, settings.overrides, device_name(device))
+    store = results.Results(output)
+    store.drop_after(done)
+
+    torch.manual_seed(settings.run.seed)
+    backbone = settings.build("model", drop_path=options.drop_path)
+    report = f"from {resume}" if resume else weights.load(backbone, *source_of_weights(settings))
+    module = PostTraining(
+        backbone, settings.build("head", dim=job.outline.dim), settings.build("loss"),
+        options=options, optim=settings.spine["optim"], sizes=job.views.sizes, global_views=job.views.global_views,
+        steps=plan.steps, seed=settings.run.seed,
+    )  # fmt: skip
+    module.saved = saved
+    loggers = settings.build_all("logger", folder=output, step=done)
+    for logger in loggers.values():
+        logger.log_hyperparams(settings.config)
+
+    def evaluate(trained: PostTraining, step: int) -> None:
+        if job.val:
+            networks = {"student": trained.student.backbone, "teacher": trained.teacher.backbone}
+            epoch = round(plan.epoch(step), 4)
+            measure(settings, store, networks, job.val, job.val_name, device, step, epoch, loggers.values())
+
+    bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+    _announce(settings, job, module, str(report), done, output, bf16)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    trainer = pl.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-mixed" if bf16 else "32-true",
+        max_epochs=1,  # one stream over all epochs, see Positions
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=options.clip,
+        callbacks=[Loop(plan, checkpoints, evaluate)],
+        logger=list(loggers.values()),
+        default_root_dir=output,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if done < plan.steps:
+        views = data.MultiView(job.samples, job.views, settings.run.seed)
+        micro = options.batch_size // options.accumulate
+        positions = data.Positions(
+            len(job.samples), micro, plan.steps * options.accumulate, settings.run.seed, done * options.accumulate
+        )
+        loader = data.loader(views, positions, options.workers, pin=device.type == "cuda")
+        trainer.fit(module, loader, ckpt_path=resume)
+    else:
+        log.info("all %d steps are done", done)
+        module.load_state_dict(torch.load(resume, weights_only=True, map_location="cpu")["state_dict"])  # type: ignore[arg-type]
+    module.to(device)
+    evaluate(module, plan.steps)
+    for logger in loggers.values():
+        logger.finalize("success")
+    return _conclude(settings, job, store, output)
+
+
+def _find(resume: str, last: Path, saved: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, or None. Raises NecoError where going on would be another run."""
+    if resume == "never":
+        if last.is_file():
+            raise NecoError(f"train.resume=never, but {last} exists: choose another run_dir, or train.resume=auto")
+        return None
+    path = last if resume == "auto" else Path(resume).expanduser()
+    if not path.is_file():
+        if resume == "auto":
+            return None
+        raise NecoError(f"train.resume={resume}: no such file; auto looks for {last}")
+    before = torch.load(path, weights_only=True, mmap=True, map_location="cpu").get("neco")
+    if before is None:
+        raise NecoError(f"train.resume={path} is no checkpoint of a run; to start from its weights: checkpoint={path}")
+    changed = _differences(before["config"], saved["config"])
+    if before["files"] != saved["files"]:
+        changed.append("the list of training images")
+    if changed and resume == "auto":
+        raise NecoError(
+            f"run_dir={last.parent.parent} holds a run with another configuration: {'; '.join(changed)}. "
+            f"Choose another run_dir, or go on all the same with train.resume={path}"
+        )
+    if changed:
+        log.info("going on from %s with changes: %s", path, "; ".join(changed))
+    return path
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for what makes it another run."""
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        pairs = ((key if not prefix else f"{prefix}.{key}", value) for key, value in node.items())
+        return {k: v for key, value in pairs if key not in FREE for k, v in flat(value, key).items()}
+
+    old, new = flat(before), flat(now)
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+
+
+def _announce(
+    settings: Settings, job: Job, module: PostTraining, source: str, done: int, output: Path, bf16: bool
+) -> None:
+    """Say what is going to happen, before it does."""
+    plan, outline = job.plan, job.outline
+
+    def millions(part: torch.nn.Module, trained: bool) -> float:
+        return sum(p.numel() for p in part.parameters() if p.requires_grad == trained) / 1e6
+
+    trained = f"{millions(module.student.backbone, True):.2f} M of the backbone + {millions(module.student.head, True):.2f} M of the head"
+    marks = sorted({0, *plan.marks(plan.options.eval_epochs), plan.steps})
+    at = f"{', '.join(settings.config['eval'])} on {job.val_name} at steps {_few(marks)}" if job.val else "none"
+    needed = memory.estimate(
+        module, job.views.sizes, plan.options.batch_size // plan.options.accumulate, bf16, job.device
+    )
+    total = memory.total(job.device)
+    log.info("data        %s: %d images", settings.choices["dataset"], plan.images)
+    log.info(
+        "backbone    %s: patch %d, width %d, %d blocks; %s",
+        settings.choices["model"],
+        outline.patch,
+        outline.dim,
+        outline.depth,
+        source,
+    )
+    log.info("trained     %s; frozen: the teacher, %.2f M", trained, millions(module, False))
+    log.info(
+        "views       %s pixels", " + ".join(f"{job.views.sizes.count(s)} x {s}" for s in dict.fromkeys(job.views.sizes))
+    )
+    log.info(
+        "steps       %d of %d images, %.4g epochs%s",
+        plan.steps,
+        plan.options.batch_size,
+        plan.epoch(plan.steps),
+        f", {done} done" if done else "",
+    )
+    log.info("evaluation  %s", at)
+    log.info(
+        "memory      about %.2f GB at the peak, of %.1f GB; %s on %s",
+        needed / memory.GB,
+        total / memory.GB,
+        "bf16" if bf16 else "fp32",
+        device_name(job.device),
+    )
+    log.info("writes      %s", output)
+    if needed > total:
+        log.warning(
+            "this is likely to run out of memory: lower train.batch_size, raise train.accumulate or make views smaller"
+        )
+
+
+def _few(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers if len(numbers) <= 6 else [*numbers[:3], "...", *numbers[-2:]]))
+
+
+def _conclude(settings: Settings, job: Job, store: results.Results, output: Path) -> float | None:
+    """Print the before/after table, what was written and what to do next; return the objective of a sweep."""
+    last = output / "checkpoints" / "last.ckpt"
+    if job.val:
+        log.info("\n%s\n", results.table(store.records))
+    log.info("wrote       %s", ", ".join(sorted(p.name for p in output.iterdir() if not p.name.startswith("."))))
+    log.info("checkpoint  %s", last)
+    log.info("evaluate    python -m neco task=eval checkpoint=%s weights=teacher dataset=%s", output, job.val_name)
+    final = [r for r in store.records if r["step"] == job.plan.steps and r["network"] == "teacher"]
+    return next(iter(final[0]["metrics"].values())) if final else None

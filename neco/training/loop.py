@@ -1,0 +1,157 @@
+"""What happens around the training steps: logging, saving, evaluating. None of it can change the training."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from neco import progress
+from neco.config import Train
+from neco.errors import NecoError
+from neco.training import memory
+from neco.training.module import PostTraining
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps a run has and at which of them something is due. An epoch is `images` images, in whole steps."""
+
+    images: int
+    options: Train
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.options.steps or max(1, self.options.epochs * self.images // self.options.batch_size)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data that `step` steps are."""
+        return step * self.options.batch_size / self.images
+
+    def marks(self, every: int) -> dict[int, int]:
+        """Step -> epoch at the end of each `every`-th epoch before the end; none for 0."""
+        if not every:
+            return {}
+        ends = {
+            ceil(epoch * self.images / self.options.batch_size): epoch
+            for epoch in range(every, ceil(self.epoch(self.steps)) + 1, every)
+        }
+        return {step: epoch for step, epoch in ends.items() if step < self.steps}
+
+
+class Checkpoints:
+    """checkpoints/last.ckpt, and epoch_NNNN.ckpt to keep.
+
+    A file is written under another name, synced and renamed: what was saved stays until the new one is whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.last, self.saved_at = folder, folder / "last.ckpt", time.monotonic()
+
+    def save(self, trainer: pl.Trainer, keep_as: str | None = None) -> None:
+        """Renew last.ckpt; `keep_as` names a second link to it that stays."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / "last.ckpt.tmp"
+        trainer.save_checkpoint(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if keep_as:
+            (self.folder / keep_as).unlink(missing_ok=True)
+            os.link(temporary, self.folder / keep_as)
+        temporary.replace(self.last)
+        self.saved_at = time.monotonic()
+
+
+class Loop(pl.Callback):
+    """After each step, in this order: log, save, evaluate. Only the first is part of the measured speed.
+
+    `evaluate(module, step)` is called before the first step and at the marks; a resumed run makes up for what it missed.
+    """
+
+    def __init__(self, plan: Plan, checkpoints: Checkpoints, evaluate: Callable[[PostTraining, int], None]) -> None:
+        self.plan, self.checkpoints, self.evaluate = plan, checkpoints, evaluate
+        self.keep = plan.marks(plan.options.save_epochs)
+        self.evaluated = {0, *plan.marks(plan.options.eval_epochs)}
+        self.begun = self.ended = self.printed = self.waited = self.busy = self.total = 0.0
+        self.logged = self.first = 0
+        self.bar: Progress | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.global_step in self.evaluated:
+            self.evaluate(module, trainer.global_step)
+        memory.reset_peak(module.device)
+        self.logged = self.first = trainer.global_step
+        self.checkpoints.saved_at = self.ended = self.printed = time.monotonic()
+        if sys.stderr.isatty():
+            self.bar = Progress(
+                *progress.columns(TextColumn("{task.fields[text]}")), console=Console(stderr=True), transient=True
+            )
+            self.task = self.bar.add_task("training", total=self.plan.steps, completed=self.first, text="")
+            self.bar.start()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        self.begun = time.monotonic()
+        self.waited += self.begun - self.ended
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step, options = trainer.global_step, self.plan.options
+        is_step = (batch_idx + 1) % options.accumulate == 0
+        row = is_step and (step % options.log_steps == 0 or step in (1, self.plan.steps))
+        if row:
+            module.raise_if_broken(self.checkpoints.last)
+            values = {name: float(value) for name, value in module.step_metrics.items()}  # on a GPU, waits for the step
+        self.busy += time.monotonic() - self.begun
+        if row:
+            self.log_row(trainer, module, step, values)
+        if is_step:
+            due = step in self.keep or step in self.evaluated or step == self.plan.steps
+            if due or time.monotonic() - self.checkpoints.saved_at > 60 * options.save_minutes:
+                module.raise_if_broken(self.checkpoints.last)
+                name = f"epoch_{self.keep[step]:04d}.ckpt" if step in self.keep else None
+                self.checkpoints.save(trainer, name)
+            if step in self.evaluated:
+                self.evaluate(module, step)
+        self.ended = time.monotonic()
+
+    def log_row(self, trainer: pl.Trainer, module: PostTraining, step: int, values: dict[str, float]) -> None:
+        """Send what METHOD's loss did and what the machine did since the last row to the loggers and the terminal."""
+        seconds = max(self.waited + self.busy, 1e-9)
+        self.total += seconds
+        row = {
+            "epoch": round(self.plan.epoch(step), 4),
+            **values,
+            "images_per_second": (step - self.logged) * self.plan.options.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+            "peak_memory_gb": memory.peak(module.device) / memory.GB,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step)
+        text = f"loss {row['loss']:.4f}  kl {row['kl']:.4f}  {row['images_per_second']:.1f} images/s"
+        if self.bar:
+            self.bar.update(self.task, completed=step, text=text)
+        elif time.monotonic() - self.printed > progress.PLAIN_SECONDS or step == self.plan.steps:
+            self.printed = time.monotonic()
+            left = (self.plan.steps - step) * self.total / (step - self.first)
+            log.info("step %d/%d  %s  eta %s", step, self.plan.steps, text, progress.duration(left))
+        self.waited, self.busy, self.logged = 0.0, 0.0, step
+
+    def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def check_plan(plan: Plan) -> None:
+    """Raises NecoError where there is nothing to train on."""
+    if not plan.images:
+        raise NecoError("the training split holds no images")

@@ -1,0 +1,87 @@
+"""Shared by all tests: a program runner, and no surprises from the machine's settings."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-user-config"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache folder for the whole session: the drawn scenes are written once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def neco(tmp_path: Path, cache: Path):
+    """`neco("task=train", ..., ok=True)` runs `python -m neco` in an empty folder as a user would."""
+
+    def run(
+        *arguments: str, ok: bool | None = None, cwd: Path = tmp_path, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "neco", *arguments],
+            cwd=cwd,
+            env={**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        if ok is not None:
+            assert (done.returncode == 0) == ok, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+torch.set_num_threads(1)
+
+
+def settings(*overrides: str):
+    """The validated settings of `python -m neco OVERRIDES`, in this process."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from neco import config
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+    choices = {k: v for k, v in cfg.hydra.runtime.choices.items() if not k.startswith("hydra/")}
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return config.validate(OmegaConf.to_container(cfg, resolve=True), choices, list(overrides))
+
+
+SMALL = (  # a run of seconds: few small images, a small head, no evaluation
+    "dataset.train=12", "dataset.val=4", "head.hidden=32", "head.out=16", "loss.grid=3", "train.batch_size=4",
+    "train.workers=0", "train.log_steps=1", "augment.global_size=32", "augment.local_size=16", "augment.local_views=1",
+    "weights=none", "optim.lr=1e-3", "eval=[]", "train.steps=4",
+)  # fmt: skip
+
+
+@pytest.fixture
+def train(tmp_path: Path, cache: Path):
+    """`train("key=value", ..., folder=...)` runs task=train in this process; returns the run folder."""
+
+    def run(*overrides: str, folder: str = "run") -> Path:
+        from neco.task import train as task
+
+        output = tmp_path / folder
+        wanted = settings(*SMALL, f"cache_dir={cache}", f"run_dir={output}", *overrides)
+        task.main(wanted, task.prepare(wanted), output)
+        return output
+
+    return run

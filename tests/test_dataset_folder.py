@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from neco.dataset.base import read_label
+from neco.dataset.coco import Coco
+from neco.dataset.folder import Folder
+from neco.errors import NecoError
+
+
+def put(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((2, 2), value, np.uint8)).save(path)
+
+
+def test_unlabelled_images_are_divided_by_a_seeded_fraction(tmp_path):
+    for i in range(20):
+        put(tmp_path / f"deep/{i % 3}/{i:02d}.jpg")
+    keys = {split: [s.key for s in Folder(root=str(tmp_path)).samples(split)] for split in ("train", "val")}
+    assert len(keys["val"]) == 2 and sorted(keys["train"] + keys["val"]) == sorted(
+        f"deep/{i % 3}/{i:02d}.jpg" for i in range(20)
+    )
+    assert all(part == sorted(part) for part in keys.values())
+    assert keys["val"] == [s.key for s in Folder(root=str(tmp_path)).samples("val")]
+    draws = {tuple(s.key for s in Folder(root=str(tmp_path), seed=seed).samples("val")) for seed in range(9)}
+    assert len(draws) > 3
+    assert len(Folder(root=str(tmp_path), val_fraction=0).samples("train")) == 20
+    with pytest.raises(NecoError, match="val_fraction=0"):
+        Folder(root=str(tmp_path), val_fraction=0).samples("val")
+
+
+def test_labelled_folder_with_splits_and_an_ignored_value(tmp_path):
+    for split, value in (("train", 1), ("val", 0)):
+        put(tmp_path / "photos" / split / "x.jpg")
+        put(tmp_path / "labels" / split / "x.png", value)
+    put(tmp_path / "labels/val/x.png", 9)
+    dataset = Folder(root=str(tmp_path / "photos"), masks=str(tmp_path / "labels"), classes=["a", "b"], ignore=9)
+    assert dataset.classes == ("a", "b")
+    assert (read_label(dataset, dataset.samples("train")[0]) == 1).all()
+    assert (read_label(dataset, dataset.samples("val")[0]) == 255).all()
+
+
+def test_masks_and_classes_come_together():
+    with pytest.raises(NecoError, match=r"masks is set and dataset.classes is not"):
+        Folder(root="x", masks="y")
+    with pytest.raises(NecoError, match=r"classes is set and dataset.masks is not"):
+        Folder(root="x", classes=["a"])
+
+
+@pytest.mark.parametrize("place", ["images/train2017", "train2017", "coco/images/train2017"])
+def test_coco_places(tmp_path, place):
+    put(tmp_path / place / "000000000009.jpg")
+    samples = Coco(root=str(tmp_path)).samples("train")
+    assert [sample.key for sample in samples] == ["000000000009.jpg"] and samples[0].mask is None
+
+
+def test_absent_coco_says_where_it_looked_and_how_to_get_it(tmp_path):
+    with pytest.raises(NecoError) as error:
+        Coco(root=str(tmp_path)).samples("train")
+    for part in (f"{tmp_path}/images/train2017", f"{tmp_path}/train2017", "train2017.zip", "dataset.root=", "nothing"):
+        assert part in str(error.value)

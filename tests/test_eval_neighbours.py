@@ -1,0 +1,57 @@
+"""Exact search: both engines against sorting all similarities."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from neco.errors import NecoError
+from neco.eval import neighbours
+from neco.eval.neighbours import Engine, Neighbours
+
+ENGINES: list[Engine] = ["faiss", "torch"]
+
+
+def vectors(rows: int, seed: int, dim: int = 16) -> torch.Tensor:
+    return F.normalize(torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, dim))).float(), dim=1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("queries", [1, 300])
+def test_equals_sorting(engine: Engine, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "QUERIES", 64)  # several blocks, the last ones partial
+    monkeypatch.setattr(neighbours, "ENTRIES", 100)
+    memory, wanted = vectors(450, 0), vectors(queries, 1)
+    values, places = Neighbours(memory, engine=engine)(wanted, 30)
+    everything = (wanted.double() @ memory.double().T).sort(1, descending=True)
+    assert torch.equal(places, everything.indices[:, :30])
+    torch.testing.assert_close(values.double(), everything.values[:, :30], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_entries_can_be_asked_for_but_no_more(engine: Engine) -> None:
+    index = Neighbours(vectors(12, 0), engine=engine)
+    assert index(vectors(3, 1), 12)[1].sort(1).values.tolist() == [list(range(12))] * 3
+    with pytest.raises(NecoError, match="k=13 nearest of 12"):
+        index(vectors(3, 1), 13)
+
+
+def test_without_faiss_both_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(neighbours, "find_spec", lambda name: None)
+    with pytest.raises(NecoError, match=r"pip install faiss-cpu.*engine=torch"):
+        Neighbours(vectors(3, 0))
+    assert len(Neighbours(vectors(3, 0), engine="torch")(vectors(2, 1), 1)[0]) == 2
+
+
+def test_full_precision_is_undone() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with neighbours.full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,74 @@
+"""results.json and metrics.csv: whole files, each step once, also after a resume."""
+
+import csv
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from neco import results
+from neco.logger.csv import Csv
+
+
+def record(step, network="teacher", value=0.5, evaluation="retrieval"):
+    return {
+        "step": step, "network": network, "evaluation": evaluation, "weights": "abc", "dataset": "shapes",
+        "protocol": "p", "metrics": {"miou": value},
+    }  # fmt: skip
+
+
+def test_results_replace_and_forget(tmp_path):
+    store = results.Results(tmp_path)
+    for step in (0, 5, 10):
+        store.add(record(step))
+    store.add(record(5, value=0.7))
+    again = results.Results(tmp_path)
+    assert [(r["step"], r["metrics"]["miou"]) for r in again.records] == [(0, 0.5), (10, 0.5), (5, 0.7)]
+    again.drop_after(5)
+    assert sorted(r["step"] for r in json.loads((tmp_path / "results.json").read_text())) == [0, 5]
+    assert again.find(5, "teacher", "retrieval", "abc")["metrics"] == {"miou": 0.7}
+    assert again.find(5, "teacher", "retrieval", "other weights") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_table_shows_before_after_and_change():
+    text = results.table([record(0, value=0.25), record(8, value=0.5)])
+    assert "0.2500" in text and "0.5000" in text and "+0.2500" in text
+    assert "change" not in results.table([record(0)])
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_has_each_step_once_after_a_resume(tmp_path):
+    log = Csv(folder=tmp_path)
+    for step in (1, 2, 3, 4):
+        log.log_metrics({"loss": step / 10}, step)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("5,0.")  # killed in the middle of a row
+    log = Csv(folder=tmp_path, step=2)
+    log.log_metrics({"loss": 0.35, "new": 1}, 3)
+    found = rows(tmp_path / "metrics.csv")
+    assert [row["step"] for row in found] == ["1", "2", "3"]
+    assert found[-1] == {"step": "3", "loss": "0.35", "new": "1"} and found[0]["new"] == ""
+
+
+def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    results.write(path, "first")
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        results.write(path, "second")
+    assert path.read_text() == "first"
+
+
+def test_git_revision_is_the_checkouts_own():
+    root = Path(__file__).parents[1]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    if head.returncode:
+        pytest.skip("not a git checkout")
+    revision = results.git_revision()
+    assert revision is None or revision.removesuffix("+changes") == head.stdout.strip()

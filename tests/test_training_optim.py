@@ -1,0 +1,55 @@
+"""Schedules against DINO's array form, groups by name, and the moving average against its definition."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from neco.training import optim
+from neco.training.module import follow
+
+
+def published_cosine(first, last, total):
+    """The schedule of DINO's code, which the published NeCo uses: an array with a value a step."""
+    steps = np.arange(total)
+    return last + 0.5 * (first - last) * (1 + np.cos(np.pi * steps / len(steps)))
+
+
+def test_cosine_equals_the_published_array():
+    for first, last, total in [(0.9995, 1.0, 37), (0.04, 0.5, 100), (1e-4, 0.0, 1)]:
+        ours = [optim.cosine(first, last, step, total) for step in range(total)]
+        np.testing.assert_allclose(ours, published_cosine(first, last, total), rtol=0, atol=1e-15)
+
+
+def test_groups_cover_every_trainable_parameter_once():
+    backbone, head, loss = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), nn.Linear(4, 2), nn.Module()
+    loss.prototypes = nn.Parameter(torch.zeros(5, 2))
+    backbone[0].bias.requires_grad_(False)
+    groups = {group["name"]: group for group in optim.parameter_groups(backbone, head, loss, 1e-5, 1e-4)}
+    ids = [id(p) for group in groups.values() for p in group["params"]]
+    wanted = [id(p) for m in (backbone, head, loss) for p in m.parameters() if p.requires_grad]
+    assert sorted(ids) == sorted(wanted)
+    assert set(groups) == {"backbone", "backbone/no_decay", "head", "head/no_decay"}
+    assert any(p is loss.prototypes for p in groups["head"]["params"])
+    assert all(p.ndim == 1 for p in groups["backbone/no_decay"]["params"])
+
+
+def test_schedule_sets_rates_and_decay_by_group():
+    backbone, head = nn.Linear(3, 4), nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(optim.parameter_groups(backbone, head, nn.Module(), 1e-5, 1e-4))
+    optim.schedule(optimizer, 5, 10, (0.04, 0.5))
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert abs(groups["backbone"]["lr"] - 0.5e-5) < 1e-12 and abs(groups["head"]["lr"] - 0.5e-4) < 1e-12
+    assert abs(groups["head"]["weight_decay"] - 0.27) < 1e-12
+    assert groups["head/no_decay"]["weight_decay"] == 0
+
+
+def test_follow_is_the_moving_average():
+    student, teacher = nn.Linear(3, 4), nn.Linear(3, 4)
+    wanted = [0.9 * t + 0.1 * s for t, s in zip(teacher.parameters(), student.parameters(), strict=True)]
+    before = [s.clone() for s in student.parameters()]
+    follow(teacher, student, 0.9)
+    for got, want in zip(teacher.parameters(), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), before, strict=True))
+    follow(teacher, student, 1.0)
+    torch.testing.assert_close(next(teacher.parameters()), wanted[0])
