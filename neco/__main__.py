@@ -88,6 +88,8 @@ def explain(error: Exception, overrides: list[str]) -> str:
             keys = list(config.flatten(composed))
         except Exception:
             keys = []
+        if name.split(".")[0] == "val_dataset":
+            return f"{name}: no labelled set is chosen to evaluate on; choose it with dataset@val_dataset=NAME"
         parent = name.rpartition(".")[0]
         siblings = [k for k in keys if k.rpartition(".")[0] == parent]
         if name.startswith("eval.") and siblings == []:
@@ -96,6 +98,8 @@ def explain(error: Exception, overrides: list[str]) -> str:
         if "did you mean" not in near:
             near = config.nearest(name, keys) or near
         return f"{name}: no such key{near} [from the command line]"
+    if override := getattr(error, "override", None):
+        return f"{override}: cannot be read as KEY=VALUE ({text.splitlines()[0]}); quote it for the shell: '{override}'"
     return text.strip()
 
 

@@ -55,14 +55,12 @@ def take_turns(network: str, args: argparse.Namespace) -> list[dict]:
     said = [[json.loads(ask(side)) for side in sides] for _ in range(args.repeat)]
     for side in sides:
         side.communicate()
-    return [
-        {**last, "seconds": [turn[i]["seconds"] for turn in said]} for i, last in enumerate(said[-1])
-    ]
+    return [{**last, "seconds": [turn[i]["seconds"] for turn in said]} for i, last in enumerate(said[-1])]
 
 
 def ask(side: subprocess.Popen) -> str:
-    side.stdin.write("\n")
-    side.stdin.flush()
+    assert side.stdin and side.stdout
+    print(file=side.stdin, flush=True)
     return side.stdout.readline()
 
 
@@ -100,7 +98,8 @@ def serve(args: argparse.Namespace) -> None:
         noise = torch.randn(3, images, args.n, args.dim, generator=generator)
         teacher = 0.5 * torch.randn(args.dim, generator=generator) + noise[0]
         student = (teacher + 0.3 * noise[1]).requires_grad_()
-        return [student, teacher, teacher.flatten(0, 1)[torch.randperm(images * args.n)].view_as(teacher)]
+        dealt = torch.randperm(images * args.n, generator=generator)
+        return [student, teacher, teacher.flatten(0, 1)[dealt].view_as(teacher)]
 
     step(*inputs(max(1, 64 // args.n)))
     case = inputs(max(1, args.rows // args.n))

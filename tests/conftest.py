@@ -1,5 +1,6 @@
 """Shared by all tests: a program runner, and no surprises from the machine's settings."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -23,6 +24,32 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache folder for the whole session: the drawn scenes are written once."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def inside(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`inside("task=train", ...)` is `python -m neco ...` in an empty folder, in this process: (exit code, output)."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        from neco import __main__ as program
+
+        handlers = logging.root.handlers[:]  # Hydra replaces them
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        monkeypatch.setattr(sys, "argv", ["neco", *arguments])
+        monkeypatch.setattr(program, "started", False)
+        try:
+            program.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            logging.root.handlers[:] = handlers
+            logging.getLogger("neco").setLevel(logging.NOTSET)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
 
 
 @pytest.fixture

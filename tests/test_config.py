@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from conftest import CONF, ROOT
 
@@ -80,24 +81,19 @@ WRONG = [
 @pytest.mark.parametrize(
     ("arguments", "words"), WRONG, ids=lambda value: " ".join(value) if isinstance(value[0], str) else ""
 )
-def test_wrong_input_is_one_message(neco, tmp_path, arguments, words):
-    if arguments == ["device=cuda"]:
-        import torch
-
-        if torch.cuda.is_available():
-            pytest.skip("needs a machine without a GPU")
-    done = neco(*arguments, ok=False)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    message = (
-        next(line for line in done.stderr.splitlines() if line.startswith("error: ")) + done.stderr.split("error: ")[1]
-    )
-    assert all(word in message for word in words), done.stderr
-    assert not list(tmp_path.glob("runs/*/*/*")), "nothing is left behind"
+def test_wrong_input_is_one_message(inside, tmp_path, arguments, words):
+    if arguments == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    code, said = inside(*arguments)
+    assert code == 2, said
+    assert "Traceback" not in said
+    message = said.partition("error: ")[2]
+    assert all(word in message for word in words), said
+    assert not list(tmp_path.glob("runs/*/*")), "nothing is left behind"
 
 
-def test_debug_shows_the_traceback(neco):
-    assert "Traceback" in neco("optim.lr=fast", "debug=true", ok=False).stderr
+def test_debug_shows_the_traceback(inside):
+    assert "Traceback" in inside("optim.lr=fast", "debug=true")[1]
 
 
 def test_help_is_quick_and_names_every_option(neco):
@@ -132,16 +128,16 @@ def test_every_option_fits_its_constructor(path):
     assert config.check(target, values, path.stem, runtime).keys() == values.keys()
 
 
-def test_machine_file_in_the_working_folder(neco, tmp_path):
+def test_machine_file_in_the_working_folder(inside, tmp_path):
     (tmp_path / "machine").mkdir()
     (tmp_path / "machine" / "default.yaml").write_text("# @package _global_\ndata_root: /somewhere\n")
-    assert "data_root: /somewhere" in neco("--cfg", "job", ok=True).stdout
+    assert "data_root: /somewhere" in inside("--cfg", "job")[1]
 
 
-def test_machine_file_with_a_wrong_key_is_named(neco, tmp_path):
+def test_machine_file_with_a_wrong_key_is_named(inside, tmp_path):
     (tmp_path / "machine").mkdir()
     (tmp_path / "machine" / "default.yaml").write_text("# @package _global_\ntrain:\n  batch_sise: 3\n")
-    error = neco(ok=False).stderr
+    _, error = inside()
     assert "train.batch_sise" in error and "batch_size" in error and "machine/default.yaml" in error
 
 

@@ -79,7 +79,7 @@ class Views:
 
     Every view after the first shares more than `min_overlap` of the image's area with each global view before it, the
     second global view more than twice that. A view that finds no such crop in 200 draws (a very thin image, a wanted
-    overlap above the crop's own area) gets the centred crop, with one warning.
+    overlap above the crop's own area) gets the centred crop, with one warning (in each worker).
 
     Args:
         global_size, local_size: sides in pixels; None = chosen by `resolve` for the backbone.
@@ -87,7 +87,7 @@ class Views:
         ratio: width / height of a crop, lowest and highest, log-uniform.
         jitter: strengths of brightness, contrast, saturation (factor within 1 -+ strength) and hue (turns).
         blur_sigma: lowest and highest, in pixels of the view.
-        applier: `uint8` = torch and OpenCV on bytes; `pil` = the published PIL pipeline, about ten times slower.
+        applier: `uint8` = torch and OpenCV on bytes; `pil` = the published PIL pipeline, five to ten times slower.
 
     Raises:
         NecoError: no pair of views, a range that is upside down, or a hue shift of more than half a turn.

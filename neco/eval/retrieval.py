@@ -143,12 +143,14 @@ class Retrieval:
         labels = labels.to(index.device)
         matrices = {k: torch.zeros(classes, classes, dtype=torch.long) for k in self.ks}
         for _, features, masks in extract.stream(backbone, dataset, val, size, **self._reading, what="val"):
-            for image, mask in zip(features, masks, strict=True):  # one at a time: labels of k neighbours are large
-                near, where = index(F.normalize(image.flatten(0, 1), dim=1), self.ks[-1])
-                found = labels[where]
+            side = features.shape[1:3]
+            # The whole batch at once: faiss is 8 times slower at a few hundred queries than at a thousand.
+            near, where = index(F.normalize(features.flatten(0, 2), dim=1), self.ks[-1])
+            for mask, cosines, places in zip(masks, near.split(side.numel()), where.split(side.numel()), strict=True):
+                found = labels[places]
                 for k, matrix in matrices.items():
-                    shares = vote(near[:, :k], found[:, :k], self.temperature)
-                    shares = shares.T.reshape(1, classes, *image.shape[:2])
+                    shares = vote(cosines[:, :k], found[:, :k], self.temperature)
+                    shares = shares.T.reshape(1, classes, *side)
                     predicted = F.interpolate(shares, size=(size, size), mode="bilinear").argmax(1)[0].cpu()
                     matrix += metrics.confusion(predicted, mask, classes, classes)
         if self.compat == "reference":

@@ -48,10 +48,11 @@ class NeCo(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor, references: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """student, teacher (P, B, N, D), references (P, B, n, D), mask (P, B, N) bool -> loss, {kl, entropy, agreement}.
+        """student, teacher (P, B, N, D), references (P, B, n, D), mask (P, B, N) bool -> loss, its parts.
 
-        Computed in float32 (float64 for float64 input), inside autocast as well. `agreement` is the share of patches
-        whose nearest reference is the same for both. The teacher gets no gradient; the references do if they ask.
+        The parts are `kl`, `entropy` and `agreement`, the share of patches whose nearest reference is the same for
+        both. Computed in float32 at least, inside autocast as well. The teacher gets no gradient; the references do if
+        they require it.
         """
         with torch.autocast(student.device.type, enabled=False):
             ours = similarities(student, references, self.similarity)

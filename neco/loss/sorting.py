@@ -22,6 +22,7 @@ from neco.errors import NecoError
 Network = Literal["bitonic", "odd_even"]
 # Rows at a time: few enough for the cache of a core, on a GPU many enough to hide the launches; either within a bound.
 CPU_ROWS, CUDA_ROWS, MAX_BYTES = 128, 1 << 14, 1 << 29
+FLOAT32_ODD_EVEN = 100.0  # steepness up to which float32 holds the shares of an odd-even network (n = 49)
 MAX_WORKERS = 4  # Python's lock lets no more threads of small operations run side by side
 
 
@@ -39,11 +40,11 @@ def swap_slope(v: Tensor) -> Tensor:
 
 
 class Comparators(NamedTuple):
-    """A regular block of comparators that act at once: wire a = wire + block * wire_step + run * 2 * reach + 0..width - 1
-    against wire b = a + reach.
+    """Comparators that act at once on regularly spaced wires.
 
-    Only `items` rows of P, from item + block * item_step on, can be non-zero on a block's wires: the others are skipped.
-    A range that leaves 0..n - 1 falls on a margin of zeros.
+    They compare wire a = wire + block * wire_step + run * 2 * reach + 0..width - 1 with wire b = a + reach. Of P only
+    `items` rows, from item + block * item_step on, can be non-zero on a block's wires: the others are skipped. A range
+    that leaves 0..n - 1 falls on a margin of zeros.
     """
 
     wire: int
@@ -58,15 +59,19 @@ class Comparators(NamedTuple):
     signs: tuple[int, ...]  # of each block: +1 ascending, -1 descending
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return self.blocks * self.runs * self.width
 
     def sides(self, wires: Tensor, margin: int | None = None) -> tuple[Tensor, Tensor]:
-        """Views of wires (n, margin + n + margin, R) or, without margin, (n, 1, R): both (blocks, runs, width, items, R)."""
+        """The two sides (blocks, runs, width, items, R), views of wires (n, margin + n + margin, R).
+
+        Without a margin, wires is (n, 1, R) and `items` is 1.
+        """
         by_wire, by_item, by_row = wires.stride()
         items, item, by_item = (1, 0, 0) if margin is None else (self.items, self.item + margin, by_item)
+        by_block = self.wire_step * by_wire + self.item_step * by_item
         size = (self.blocks, self.runs, self.width, items, wires.shape[2])
-        stride = (self.wire_step * by_wire + self.item_step * by_item, 2 * self.reach * by_wire, by_wire, by_item, by_row)
+        stride = (by_block, 2 * self.reach * by_wire, by_wire, by_item, by_row)
         start = wires.storage_offset() + self.wire * by_wire + item * by_item
         return wires.as_strided(size, stride, start), wires.as_strided(size, stride, start + self.reach * by_wire)
 
@@ -89,7 +94,7 @@ def comparators(network: Network, n: int) -> tuple[Comparators, ...]:
             step = 2 if items < n else 0  # an item spreads by one wire per layer: a band along the diagonal, until full
             count = (n - start) // 2
             blocks.append(Comparators(start, 1, 1, 1, count, 2, step and start - layer, items, step, (1,) * count))
-        return tuple(block for block in blocks if block.count)
+        return tuple(block for block in blocks if block.size)
     absent = (1 << (n - 1).bit_length()) - n
     for stage in range((n - 1).bit_length()):
         size = 2 << stage  # a stage sorts groups of this many wires: P is block diagonal after it
@@ -122,7 +127,7 @@ def soft_sort(x: Tensor, network: Network = "bitonic", steepness: float = 100.0)
     state = torch.cat([rows.t()[:, None], identity], 1)  # (n wires, value and n items, R)
     for block in comparators(network, n):
         a, b = (side.flatten() for side in block.sides(wires[:, None, None]))
-        sign = torch.tensor(block.signs, device=x.device).repeat_interleave(block.count // block.blocks)
+        sign = torch.tensor(block.signs, device=x.device).repeat_interleave(block.size // block.blocks)
         gap = state[b] - state[a]
         share = swap_share(gap[:, :1] * (steepness * sign[:, None, None])) * gap
         state = state.index_add(0, a, share).index_add(0, b, -share)
@@ -139,9 +144,12 @@ def sort_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy between the soft permutations of student (R, n) and teacher (R, n), row by row.
 
-    -> (loss (R,) = mean over items i of -sum_j Q[i, j] log P[i, j],  entropy (R,) = the same with log Q), where P sorts
-    the student's row and Q the teacher's. Only the student gets a gradient, and only from the loss. Values are sorted in
-    float32, or in float64 if given so; P below the smallest normal number counts as that, with zero gradient.
+    Returns loss (R,), the mean over items i of -sum_j Q[i, j] log P[i, j], and entropy (R,), the same with log Q, where
+    P sorts the student's row and Q the teacher's. Only the student gets a gradient, and only from the loss.
+
+    Computed in float32 for float32 and half-precision input, in float64 for float64. Shares of P below the smallest
+    normal number count as that number, with zero gradient. For bitonic networks that never happens in float32; the
+    n-fold products of odd_even get there beyond a steepness of about 100, so that is computed in float64.
 
     The gradient is computed in the forward pass, a chunk of rows at a time, so memory grows neither with the layers nor
     (but for the result) with the rows.
@@ -149,10 +157,12 @@ def sort_cross_entropy(
     if student.shape != teacher.shape or student.ndim != 2:
         raise NecoError(f"student and teacher must both be (R, n), got {(*student.shape,)} and {(*teacher.shape,)}")
     student = at_least_float32(student)
-    x, y = student.detach() * student_steepness, teacher.detach().to(student) * teacher_steepness
+    dtype = torch.float64 if network == "odd_even" and student_steepness > FLOAT32_ODD_EVEN else student.dtype
+    x, y = (v.detach().to(dtype) * s for v, s in ((student, student_steepness), (teacher, teacher_steepness)))
     if torch.is_grad_enabled() and student.requires_grad:
         return _SortCrossEntropy.apply(student, x, y, network, student_steepness)
-    return _sort_cross_entropy(x, y, network, None)
+    loss, entropy = _sort_cross_entropy(x, y, network, None)
+    return loss.to(student), entropy.to(student)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -165,7 +175,8 @@ class _SortCrossEntropy(torch.autograd.Function):
     def forward(ctx, student, x, y, network, steepness):  # type: ignore[override]
         gradient = torch.empty_like(x)
         loss, entropy = _sort_cross_entropy(x, y, network, gradient)
-        ctx.save_for_backward(gradient.mul_(steepness))
+        ctx.save_for_backward(gradient.mul_(steepness).to(student))
+        loss, entropy = loss.to(student), entropy.to(student)
         ctx.mark_non_differentiable(entropy)
         return loss, entropy
 
@@ -182,7 +193,7 @@ def _sort_cross_entropy(x: Tensor, y: Tensor, network: Network, gradient: Tensor
     """
     rows, n = x.shape
     loss, entropy = x.new_empty(2, rows)
-    row_bytes = x.element_size() * sum(block.count * block.items for block in comparators(network, n))
+    row_bytes = x.element_size() * sum(block.size * block.items for block in comparators(network, n))
     chunk = min(CUDA_ROWS if x.is_cuda else CPU_ROWS, MAX_BYTES // row_bytes, rows)
     chunk = max(1, -(-chunk // 32)) * 32  # whole vector registers
 
@@ -233,20 +244,20 @@ class _Sorter:
     def __init__(self, network: Network, n: int, rows: int, like: Tensor) -> None:
         plan = comparators(network, n)
         margin = max(0, *(max(-b.item, b.item + (b.blocks - 1) * b.item_step + b.items - n) for b in plan))
-        total, stored = sum(b.count for b in plan), sum(b.count * b.items for b in plan)
+        total, stored = sum(b.size for b in plan), sum(b.size * b.items for b in plan)
         self.values = like.new_empty(n, 1, 2 * rows)  # student's rows, then teacher's
         padded = like.new_zeros(2, n, n + 2 * margin, rows)
         self.student, self.teacher = padded[:, :, margin : margin + n]
-        signs = [-sign for b in plan for sign in b.signs for _ in range(b.count // b.blocks)]
-        self.sign = torch.tensor(signs, dtype=like.dtype).to(like.device, non_blocking=True)[:, None]  # v = sign (a - b)
+        signs = torch.tensor([-sign for b in plan for sign in b.signs for _ in range(b.size // b.blocks)])
+        self.sign = signs.to(like, non_blocking=True)[:, None]  # v = sign (a - b)
         self.gap, self.share = like.new_empty(2, total, 2 * rows)
         self.mix, self.push, self.grad_share = like.new_empty(3, total, rows)
         differences = like.new_empty(stored, rows)
-        scratch = like.new_empty(max(b.count * b.items for b in plan), rows)
+        scratch = like.new_empty(max(b.size * b.items for b in plan), rows)
         self.blocks, at, kept = [], 0, 0
         for b in plan:
             one, every = (b.blocks, b.runs, b.width, 1, -1), (b.blocks, b.runs, b.width, b.items, rows)
-            part, size = slice(at, at + b.count), b.count * b.items
+            part, size = slice(at, at + b.size), b.size * b.items
             share = self.share[part].view(one)
             self.blocks.append(
                 _Block(
@@ -266,7 +277,7 @@ class _Sorter:
                     push=self.push[part].view(one),
                 )
             )
-            at, kept = at + b.count, kept + size
+            at, kept = at + b.size, kept + size
 
     def __call__(self, x: Tensor, y: Tensor, loss: Tensor, entropy: Tensor, gradient: Tensor | None) -> None:
         """Sort x and y (r, n), r <= R; write loss and entropy (r,) and gradient (r, n)."""

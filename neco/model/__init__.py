@@ -1,0 +1,55 @@
+"""Backbones for use in other programs; needs neither Hydra nor Lightning."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from neco import config
+from neco.errors import NecoError
+from neco.model import weights as _weights
+from neco.model.backbone import Backbone
+
+
+def last_checkpoint(source: str) -> str:
+    """A run folder stands for its last checkpoint; anything else for itself."""
+    path = Path(source).expanduser() / "checkpoints" / "last.ckpt"
+    return str(path) if path.is_file() else source
+
+
+def trained_model(source: str | None) -> dict[str, Any] | None:
+    """The `model` node that one of our own checkpoints was trained with; None for any other source."""
+    import torch
+
+    if source is None or not source.endswith(".ckpt") or not Path(source).is_file():
+        return None
+    held = torch.load(source, weights_only=True, mmap=True, map_location="cpu").get("neco")
+    return held and held["config"]["model"]
+
+
+def load_backbone(
+    source: str, *, weights: Literal["auto", "student", "teacher", "none"] = "auto", model: str | None = None
+) -> Backbone:
+    """A frozen backbone in evaluation mode: normalised images (B, 3, H, W) -> patch features (B, h, w, D).
+
+    Args:
+        source: a run folder, a checkpoint, another weights file, a URL; or an option of conf/model for its own weights.
+        weights: the network of a checkpoint that holds student and teacher (auto: the teacher); none = random.
+        model: option of conf/model for files that don't say what they are.
+
+    Raises:
+        NecoError: nothing there, an unknown model, or tensors that don't fit it (listed).
+    """
+    options = {path.stem: path for path in (config.folder() / "model").glob("*.yaml")}
+    if model is None and source in options:
+        model, source = source, ""
+    source = last_checkpoint(source)
+    node = trained_model(source) if model is None else None
+    if node is None:
+        if model not in options:
+            near = config.nearest(str(model), sorted(options))
+            raise NecoError(f"{source}: say which network it is with model=NAME of conf/model (got {model!r}{near})")
+        node = yaml.safe_load(options[model].read_text())
+    backbone = config.build(node, "model")
+    _weights.load(backbone, "none" if weights == "none" else source or None, "auto" if weights == "none" else weights)
+    return backbone.eval().requires_grad_(False)

@@ -29,6 +29,7 @@ class Head(nn.Module):
         for before, after in pairwise(widths):
             steps += [nn.Linear(before, after), nn.GELU()]
         self.layers = nn.Sequential(*steps[:-1])
+        self.out = out
 
     def forward(self, tokens: Tensor) -> Tensor:
         projected = self.layers(tokens)

@@ -9,12 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
 from neco.config import Settings
 from neco.errors import NecoError
-from neco.model.weights import weights_hash
+from neco.model import last_checkpoint
+from neco.model.weights import locate, weights_hash
 from neco.results import Results
 from neco.training import memory
 
@@ -52,9 +54,9 @@ def source_of_weights(settings: Settings) -> tuple[str | None, str]:
         if run.checkpoint:
             raise NecoError(f"weights=none: random weights, yet checkpoint={run.checkpoint}; give one of the two")
         return "none", "auto"
-    source = run.checkpoint
-    if source and (Path(source).expanduser() / "checkpoints" / "last.ckpt").is_file():
-        source = str(Path(source).expanduser() / "checkpoints" / "last.ckpt")
+    source = run.checkpoint and last_checkpoint(run.checkpoint)
+    if source and not source.startswith(("http://", "https://", "package:")) and not timm.is_model(source):
+        locate(source, "")  # a file: it must be there
     if source is None and run.weights != "auto":
         raise NecoError(f"weights={run.weights}: name the checkpoint that holds it: checkpoint=RUN_FOLDER_OR_FILE")
     return source, run.weights

@@ -11,7 +11,7 @@ from neco import results
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
-from neco.model import weights
+from neco.model import trained_model, weights
 from neco.model.backbone import Backbone
 from neco.task.common import choose_device, device_name, locked, measure, source_of_weights
 
@@ -31,9 +31,10 @@ class Job:
 
 def prepare(settings: Settings) -> Job:
     """Cross-check the configuration and list the files. Raises NecoError for whatever would fail later."""
+    device = choose_device(settings.run.device)
     source, which = source_of_weights(settings)
     model = settings.config["model"]
-    if (trained := model_of(source)) and not settings.chosen("model"):
+    if (trained := trained_model(source)) and not settings.chosen("model"):
         model = trained
     values = {key: value for key, value in model.items() if key != "_target_"}
     call(Backbone.outline, "model", **values)
@@ -43,15 +44,7 @@ def prepare(settings: Settings) -> Job:
     if not dataset.classes:
         raise NecoError(f"dataset={settings.choices['dataset']} has no labels, so nothing can be evaluated on it")
     call(dataset.samples, "dataset", split="val")
-    return Job(dataset, model, source, which, choose_device(settings.run.device))
-
-
-def model_of(source: str | None) -> dict[str, Any] | None:
-    """The model node that one of our own checkpoints was trained with, None for any other source."""
-    if source is None or not source.endswith(".ckpt") or not Path(source).is_file():
-        return None
-    held = torch.load(source, weights_only=True, mmap=True, map_location="cpu").get("neco")
-    return held and held["config"]["model"]
+    return Job(dataset, model, source, which, device)
 
 
 def main(settings: Settings, job: Job, output: Path) -> float | None:

@@ -21,6 +21,7 @@ from neco.task.common import choose_device, device_name, locked, measure, source
 from neco.training import data, memory
 from neco.training.loop import Checkpoints, Loop, Plan
 from neco.training.module import PostTraining
+from neco.training.references import check_queue
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +60,21 @@ def prepare(settings: Settings) -> Job:
     Raises NecoError for whatever would fail later.
     """
     options: Train = settings.spine["train"]
+    device = choose_device(settings.run.device)
     values = {key: value for key, value in settings.config["model"].items() if key != "_target_"}
     outline = call(Backbone.outline, "model", **values)
     views = call(settings.build("augment").resolve, "augment", patch=outline.patch, size=outline.size)
     source_of_weights(settings)
+    if options.resume not in ("auto", "never") and not Path(options.resume).expanduser().is_file():
+        raise NecoError(f"train.resume={options.resume}: no such file; auto goes on with the run found in run_dir")
     dataset = settings.build("dataset")
     samples = call(dataset.samples, "dataset", split="train")
     if not samples:
         raise NecoError(f"dataset: the train split of {settings.choices['dataset']} is empty")
     plan = Plan(len(samples), options)
-    settings.build("loss")
+    loss = settings.build("loss")
+    if loss.references == "queue":
+        check_queue(loss.queue_size, options.batch_size // options.accumulate, loss.grid)
     val, val_name = dataset, settings.choices["dataset"]
     if settings.config.get("val_dataset"):
         val, val_name = settings.build("val_dataset"), settings.choices["dataset@val_dataset"]
@@ -81,7 +87,7 @@ def prepare(settings: Settings) -> Job:
         call(val.samples, "val_dataset", split="val")
     else:
         val = None
-    return Job(samples, views, outline, plan, val, val_name, choose_device(settings.run.device))
+    return Job(samples, views, outline, plan, val, val_name, device)
 
 
 def main(settings: Settings, job: Job, output: Path) -> float | None:
@@ -166,9 +172,7 @@ def _find(resume: str, last: Path, saved: dict[str, Any]) -> Path | None:
         return None
     path = last if resume == "auto" else Path(resume).expanduser()
     if not path.is_file():
-        if resume == "auto":
-            return None
-        raise NecoError(f"train.resume={resume}: no such file; auto looks for {last}")
+        return None
     before = torch.load(path, weights_only=True, mmap=True, map_location="cpu").get("neco")
     if before is None:
         raise NecoError(f"train.resume={path} is no checkpoint of a run; to start from its weights: checkpoint={path}")

@@ -18,7 +18,7 @@ from neco.augment.colour import normalise
 from neco.errors import NecoError
 from neco.training import optim
 from neco.training.align import align_pairs, pair_boxes
-from neco.training.references import deal, permutations
+from neco.training.references import Queue, deal, permutations
 
 
 class Network(nn.Module):
@@ -63,6 +63,7 @@ class PostTraining(pl.LightningModule):
         self.loss = loss
         self.options, self.optim_options, self.steps, self.seed = options, optim, steps, seed
         self.sizes, self.global_views = sizes, global_views
+        self.queue = Queue(loss.queue_size, global_views, head.out) if loss.references == "queue" else None
         self.register_buffer("broken_at", torch.tensor(-1), persistent=False)
         self.metrics: dict[str, Tensor] = {}
         self.step_metrics: dict[str, Tensor | float] = {}
@@ -98,9 +99,12 @@ class PostTraining(pl.LightningModule):
         cells = align_pairs(
             teacher, student, student_small, *boxes, patch=self.student.backbone.patch, grid=self.loss.grid
         )
-        pairs, size, patches, _ = cells[1].shape
-        order = permutations(self.seed, index, pairs, size * patches, self.device)
-        return self.loss(*cells, deal(cells[1], order))
+        if self.queue:
+            references = self.queue(teacher, cells[1], self.seed, index)
+        else:
+            pairs, size, patches, _ = cells[1].shape
+            references = deal(cells[1], permutations(self.seed, index, pairs, size * patches, self.device))
+        return self.loss(*cells, references)
 
     def note_broken(self, value: Tensor) -> None:
         """Remember the first step with a number that is not finite, without waiting for the device."""
@@ -117,6 +121,10 @@ class PostTraining(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["neco"] = self.saved
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The end of a shorter run: Lightning would take the longer one for finished.
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         options = self.optim_options

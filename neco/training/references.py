@@ -17,7 +17,7 @@ PUSHED_PER_IMAGE = 10
 
 
 def draws(seed: int, step: int, use: int, lists: int, population: int, count: int) -> Tensor:
-    """`lists` independent draws of `count` out of range(population) without replacement, in random order (lists, count)."""
+    """(lists, count): independent draws of `count` out of range(population), without replacement, in random order."""
     generators = (np.random.Philox(key=[seed, step], counter=[0, 0, use, number]) for number in range(lists))
     drawn = [np.random.Generator(philox).permutation(population)[:count] for philox in generators]
     return torch.from_numpy(np.stack(drawn))
@@ -43,7 +43,7 @@ def check_queue(queue_size: int, batch_size: int, grid: int) -> None:
     if queue_size < (draw := batch_size * grid**2):
         raise NecoError(
             f"loss.queue_size={queue_size} is below one draw of references: a batch of {batch_size} images x "
-            f"{grid} x {grid} patches needs {draw}; raise loss.queue_size, lower the batch, or use loss.references=batch"
+            f"{grid} x {grid} patches needs {draw}; raise it, lower the batch size or take loss.references=batch"
         )
 
 
