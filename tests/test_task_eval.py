@@ -1,0 +1,90 @@
+"""task=eval on tiny data: checkpoints and plain backbones, lists and sweeps, what is recorded."""
+
+import json
+
+import pytest
+import torch
+from conftest import settings
+
+from neco import load_backbone
+from neco.errors import NecoError
+from neco.model.weights import weights_hash
+
+FEW = ("task=eval", "dataset.train=12", "dataset.val=6", "extract.workers=0")
+LIGHT = {
+    "retrieval": ("eval.retrieval.augment=none", "eval.retrieval.k=5"),
+    "overcluster": ("eval.overcluster.seeds=[0]", "eval.overcluster.restarts=1"),
+}
+
+
+@pytest.fixture
+def evaluate(tmp_path, cache):
+    """`evaluate("key=value", ..., folder=...)` runs task=eval in this process; returns the records."""
+
+    def run(*overrides: str, folder: str = "eval", evals=("retrieval", "overcluster")) -> list[dict]:
+        from neco.task import eval as task
+
+        light = [f"eval=[{','.join(evals)}]", *(option for name in evals for option in LIGHT[name])]
+        wanted = settings(*FEW, *light, f"cache_dir={cache}", f"run_dir={tmp_path / folder}", *overrides)
+        task.main(wanted, task.prepare(wanted), tmp_path / folder)
+        return json.loads((tmp_path / folder / "results.json").read_text())
+
+    return run
+
+
+def test_student_and_teacher_of_a_run(train, evaluate):
+    folder = train("model.arch.depth=2")
+    hashes = {}
+    for network in ("student", "teacher"):
+        (record,) = evaluate(f"checkpoint={folder}", f"weights={network}", folder=network, evals=["retrieval"])
+        assert record["network"] == network
+        hashes[network] = record["weights"]
+        backbone = load_backbone(str(folder), weights=network)
+        assert len(backbone.net.blocks) == 2, "the network is the run's, not the default"
+        assert weights_hash(backbone) == record["weights"]
+        assert not any(p.requires_grad for p in backbone.parameters()) and not backbone.training
+        assert backbone(torch.zeros(2, 3, 32, 48)).shape == (2, 4, 6, backbone.dim)
+    assert hashes["student"] != hashes["teacher"]
+
+
+def test_what_a_run_recorded_is_what_eval_finds(train, evaluate):
+    options = ["eval.retrieval.k=5", "eval.retrieval.memory_size=200"]
+    folder = train("eval=retrieval", *options, "dataset.val=6")
+    at_end = json.loads((folder / "results.json").read_text())[-1]
+    assert at_end["network"] == "teacher" and at_end["step"] == 4
+    (record,) = evaluate(*options, f"checkpoint={folder}", evals=["retrieval"])
+    for key in ("metrics", "protocol", "weights", "dataset"):
+        assert record[key] == at_end[key], key
+
+
+def test_list_of_k_in_one_run(evaluate):
+    (record,) = evaluate("weights=none", "eval.overcluster.k=[8,20]", evals=["overcluster"])
+    assert {"8", "20"} <= {part for name in record["metrics"] for part in name.replace("k", "_").split("_")}
+
+
+def test_same_seed_same_numbers_from_the_cache_too(evaluate):
+    first = evaluate("weights=none", folder="one")
+    second = evaluate("weights=none", folder="two")
+    plain = evaluate("weights=none", "extract.cache_dir=null", folder="three")
+    assert [r["metrics"] for r in first] == [r["metrics"] for r in second] == [r["metrics"] for r in plain]
+    assert {r["evaluation"] for r in first} == {"retrieval", "overcluster"}
+
+
+def test_unlabelled_data_cannot_be_evaluated(tmp_path, cache):
+    from neco.task import eval as task
+
+    wanted = settings("task=eval", "weights=none", "dataset=coco", f"cache_dir={cache}")
+    with pytest.raises(NecoError, match="no labels"):
+        task.prepare(wanted)
+
+
+@pytest.mark.slow
+def test_multirun_sweeps_models_and_k(neco, tmp_path):
+    sweep = ["model=tiny,dino_vits16", "eval.overcluster.k=9,12"]
+    neco("-m", *FEW, *LIGHT["overcluster"], "weights=none", "eval=overcluster", "run_dir=out", *sweep, ok=True)
+    found = {}
+    for job in range(4):
+        (record,) = json.loads((tmp_path / "out" / str(job) / "results.json").read_text())
+        overrides = (tmp_path / "out" / str(job) / "overrides.txt").read_text().split()
+        found[tuple(o for o in overrides if o.startswith(("model=", "eval.overcluster.k=")))] = record["weights"]
+    assert len(found) == 4 and len(set(found.values())) == 2
