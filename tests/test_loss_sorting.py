@@ -145,6 +145,14 @@ def test_float32(network: str, steepness: float, spread: float) -> None:
     assert loss.isfinite().all() and entropy.isfinite().all() and x.grad.isfinite().all() and x.grad.any()
 
 
+@both
+def test_a_million_steep_is_still_finite(network: str) -> None:
+    x, y = values(64, 49).float().requires_grad_(), values(64, 49, seed=1).float()
+    loss, entropy = sort_cross_entropy(x, y, network, 1e6, 1e6)
+    loss.sum().backward()
+    assert loss.isfinite().all() and entropy.isfinite().all() and x.grad.isfinite().all()
+
+
 def test_vanishing_shares_count_as_the_smallest_normal_number() -> None:
     x, y = values(16, 64).float().requires_grad_(), values(16, 64, seed=1).float()
     p, q = (soft_sort(v, "odd_even", 100.0)[1] for v in (x, y))

@@ -88,3 +88,19 @@ def test_multirun_sweeps_models_and_k(neco, tmp_path):
         overrides = (tmp_path / "out" / str(job) / "overrides.txt").read_text().split()
         found[tuple(o for o in overrides if o.startswith(("model=", "eval.overcluster.k=")))] = record["weights"]
     assert len(found) == 4 and len(set(found.values())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["eval.overcluster.k=99999999"], "k=99999999"),
+        (["eval.retrieval.memory_size=2"], "memory_size=2"),
+        (["eval.retrieval.size=100"], "96 or 104"),
+    ],
+)
+def test_what_would_fail_later_fails_at_once(cache, options, words):
+    from neco.task import train as task
+
+    wanted = settings("dataset.train=12", "dataset.val=6", f"cache_dir={cache}", *options)
+    with pytest.raises(NecoError, match=words):
+        task.prepare(wanted)

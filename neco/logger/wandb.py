@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +57,7 @@ class Wandb(Logger):
                 mode = "online" if known and os.environ.get("WANDB_MODE") != "offline" else "offline"
             id_file = self.folder / "wandb_id.txt"
             if not id_file.is_file():
-                id_file.write_text(wandb.util.generate_id())
+                id_file.write_text(secrets.token_hex(4))
             self._run = wandb.init(
                 **self.options,
                 id=id_file.read_text().strip(),

@@ -5,7 +5,7 @@ values x_a, x_b by `alpha x_a + (1 - alpha) x_b` and `(1 - alpha) x_a + alpha x_
 s the steepness, and mixes the two columns of the permutation matrix P with the same weights. P starts as the identity;
 P[i, j] is the share of item i at rank j, ascending; its rows and columns sum to one.
 
-Shapes: R rows (vectors to sort), n values of a row = wires of the network = items = ranks, K comparators of a network.
+Shapes: R rows (vectors to sort), n values of a row = wires of the network = items = ranks.
 """
 
 import math
@@ -22,11 +22,11 @@ from neco.errors import NecoError
 Network = Literal["bitonic", "odd_even"]
 # Rows at a time: few enough for the cache of a core, on a GPU many enough to hide the launches; either within a bound.
 CPU_ROWS, CUDA_ROWS, MAX_BYTES = 128, 1 << 14, 1 << 29
-FLOAT32_ODD_EVEN = 100.0  # steepness up to which float32 holds the shares of an odd-even network (n = 49)
 MAX_WORKERS = 4  # Python's lock lets no more threads of small operations run side by side
+FLOAT32_ODD_EVEN = 100.0  # steepness up to which float32 holds the shares of an odd-even network (n = 49)
 
 
-# The relaxation: swap(v) = 1 - alpha(v), the share that the two wires exchange, and its slope, for v = s (x_b - x_a).
+# The relaxation: the share that two wires exchange, 1 - alpha(v) for v = s (x_b - x_a), and its slope.
 
 
 def swap_share(v: Tensor, out: Tensor | None = None) -> Tensor:
@@ -148,8 +148,8 @@ def sort_cross_entropy(
     P sorts the student's row and Q the teacher's. Only the student gets a gradient, and only from the loss.
 
     Computed in float32 for float32 and half-precision input, in float64 for float64. Shares of P below the smallest
-    normal number count as that number, with zero gradient. For bitonic networks that never happens in float32; the
-    n-fold products of odd_even get there beyond a steepness of about 100, so that is computed in float64.
+    normal number count as that number, with zero gradient. That takes a steepness beyond 10,000 in bitonic networks,
+    but about 100 in odd_even, which multiplies n times: beyond 100 that is computed in float64.
 
     The gradient is computed in the forward pass, a chunk of rows at a time, so memory grows neither with the layers nor
     (but for the result) with the rows.
@@ -300,6 +300,7 @@ class _Sorter:
 
         p, q, tiny = self.student, self.teacher, torch.finfo(x.dtype).tiny
         loss.copy_(p.clamp_min_(tiny).log().mul_(q).sum((0, 1))[:r].div_(-n))
+        q.clamp_min_(0)  # rounding: -1e-8 at a steepness of a million
         entropy.copy_(torch.special.xlogy(q, q).sum((0, 1))[:r].div_(-n))
         if gradient is None:
             return

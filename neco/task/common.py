@@ -13,7 +13,8 @@ import timm
 import torch
 from torch import nn
 
-from neco.config import Settings
+from neco.config import Settings, call
+from neco.dataset.base import Dataset
 from neco.errors import NecoError
 from neco.model import last_checkpoint
 from neco.model.weights import locate, weights_hash
@@ -62,6 +63,12 @@ def source_of_weights(settings: Settings) -> tuple[str | None, str]:
     return source, run.weights
 
 
+def check_evaluations(settings: Settings, dataset: Dataset, patch: int) -> None:
+    """Raises NecoError for what would end a selected evaluation; lists the files of the data set."""
+    for name, evaluation in settings.build_all("eval").items():
+        call(evaluation.plan, f"eval.{name}", patch=patch, dataset=dataset)
+
+
 def measure(
     settings: Settings,
     store: Results,
@@ -88,7 +95,13 @@ def measure(
                 if record is None:
                     log.info("evaluating: %s of the %s on %s", name, network, dataset_name)
                     record = _run(evaluation, backbone, dataset, settings, device)
-                    record = {"evaluation": name, "dataset": dataset_name, "weights": digest, "step": step} | record
+                    record = {
+                        "evaluation": name,
+                        "dataset": dataset_name,
+                        "split": "val",
+                        "weights": digest,
+                        "step": step,
+                    } | record
                     record |= {"epoch": epoch, "seed": settings.run.seed}
                 done[digest, name] = record
                 store.add({**record, "network": network})

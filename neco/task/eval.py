@@ -13,7 +13,7 @@ from neco.dataset.base import Dataset
 from neco.errors import NecoError
 from neco.model import trained_model, weights
 from neco.model.backbone import Backbone
-from neco.task.common import choose_device, device_name, locked, measure, source_of_weights
+from neco.task.common import check_evaluations, choose_device, device_name, locked, measure, source_of_weights
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ def prepare(settings: Settings) -> Job:
     if (trained := trained_model(source)) and not settings.chosen("model"):
         model = trained
     values = {key: value for key, value in model.items() if key != "_target_"}
-    call(Backbone.outline, "model", **values)
+    outline = call(Backbone.outline, "model", **values)
     dataset = settings.build("dataset")
     if not settings.config["eval"]:
         raise NecoError("eval=[]: nothing to evaluate; choose for example eval=[retrieval,overcluster]")
     if not dataset.classes:
         raise NecoError(f"dataset={settings.choices['dataset']} has no labels, so nothing can be evaluated on it")
-    call(dataset.samples, "dataset", split="val")
+    check_evaluations(settings, dataset, outline.patch)
     return Job(dataset, model, source, which, device)
 
 

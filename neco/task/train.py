@@ -17,7 +17,7 @@ from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.model import weights
 from neco.model.backbone import Backbone, Outline
-from neco.task.common import choose_device, device_name, locked, measure, source_of_weights
+from neco.task.common import check_evaluations, choose_device, device_name, locked, measure, source_of_weights
 from neco.training import data, memory
 from neco.training.loop import Checkpoints, Loop, Plan
 from neco.training.module import PostTraining
@@ -84,7 +84,7 @@ def prepare(settings: Settings) -> Job:
         log.info("no evaluations: %s has no labels; name a labelled set with dataset@val_dataset=NAME", val_name)
         val = None
     elif settings.config["eval"]:
-        call(val.samples, "val_dataset", split="val")
+        check_evaluations(settings, val, outline.patch)
     else:
         val = None
     return Job(samples, views, outline, plan, val, val_name, device)

@@ -1,0 +1,109 @@
+"""Every option of every group is reachable and runs on tiny data; a new option is tested by existing."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import CONF, settings
+
+from neco.config import locate
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in CONF.glob(f"{group}/*.yaml"))
+
+
+def losses(folder) -> list[float]:
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    column = lines[0].split(",").index("loss")
+    return [float(line.split(",")[column]) for line in lines[1:]]
+
+
+def test_groups_and_packages_are_the_same_tree():
+    for path in CONF.glob("*/*.yaml"):
+        group, node = path.parent.name, yaml.safe_load(path.read_text()) or {}
+        if "_target_" not in node:
+            assert group in ("task", "experiment"), f"{path} names no class"
+        else:
+            assert node["_target_"].startswith(f"neco.{group}."), path
+            assert locate(node["_target_"])
+    assert {p.stem for p in (CONF / "task").glob("*.yaml")} <= {
+        p.stem for p in (CONF.parent / "neco/task").glob("*.py")
+    }
+
+
+@pytest.mark.parametrize("name", options("loss"))
+def test_loss_trains(train, name):
+    folder = train(f"loss={name}", "loss.grid=3", "train.steps=2")
+    found = losses(folder)
+    assert len(found) == 2 and all(torch.isfinite(torch.tensor(found)))
+
+
+@pytest.mark.parametrize("name", options("loss"))
+def test_loss_gives_gradient_to_the_student_alone(name):
+    wanted = settings(f"loss={name}", "loss.grid=3")
+    loss, generator = wanted.build("loss"), torch.Generator().manual_seed(0)
+    student, teacher, references = (
+        torch.randn(2, 3, 9, 8, generator=generator, requires_grad=r) for r in (True, True, False)
+    )
+    value, extra = loss(student, teacher, references)
+    value.backward()
+    assert value.isfinite() and student.grad is not None and student.grad.abs().sum() > 0
+    assert teacher.grad is None or not teacher.grad.any()
+    assert all(v.isfinite() and not v.requires_grad for v in extra.values())
+
+
+@pytest.mark.parametrize("name", options("augment"))
+def test_augment_trains(train, name):
+    assert losses(train(f"augment={name}", "train.steps=1"))
+    assert losses(train(f"augment={name}", "train.steps=1", "augment.applier=pil", folder="pil"))
+
+
+@pytest.mark.parametrize("name", options("eval"))
+def test_eval_runs_before_and_after(train, name):
+    light = {
+        "overcluster": ["eval.overcluster.seeds=[0]", "eval.overcluster.restarts=1"],
+        "retrieval": ["eval.retrieval.k=3"],
+    }
+    folder = train(f"eval={name}", "train.steps=1", "dataset.val=8", *light.get(name, []))
+    records = json.loads((folder / "results.json").read_text())
+    assert {(r["step"], r["network"]) for r in records} == {(s, n) for s in (0, 1) for n in ("student", "teacher")}
+    for record in records:
+        assert record["metrics"] and all(0 <= value <= 1 for value in record["metrics"].values())
+
+
+@pytest.mark.parametrize("name", options("logger"))
+def test_logger_records_a_run(train, name, tmp_path):
+    folder = train(f"logger=[{name}]", "train.steps=2")
+    assert (folder / "metrics.csv").is_file() == (name == "csv")
+    if name == "wandb":
+        (stored,) = folder.glob("wandb/offline-run-*/*.wandb")
+        data = stored.read_bytes()
+        assert b"lr_backbone" in data and b"images_per_second" in data
+        assert (folder / "wandb_id.txt").read_text().encode() in data
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_experiment_trains_with_the_tiny_backbone_in_its_place(train, name):
+    chosen = settings(f"experiment={name}")
+    assert chosen.run.task == "train"
+    if chosen.choices["dataset"] == "shapes":
+        assert losses(train(f"experiment={name}", "train.steps=1"))
+    else:
+        assert losses(train(f"experiment={name}", "model=tiny", "dataset=shapes", "dataset.train=12", "train.steps=1"))
+
+
+def test_preset_of_the_paper_says_what_the_paper_says():
+    chosen = settings("experiment=neco_dinov2r_vits14")
+    train, optim = chosen.spine["train"], chosen.spine["optim"]
+    assert (train.epochs, train.batch_size, train.momentum, train.drop_path) == (25, 64, (0.9995, 1.0), 0.1)
+    assert (optim.lr, optim.head_lr, optim.weight_decay) == (1e-5, 1e-4, (0.04, 0.5))
+    loss = chosen.build("loss")
+    assert (loss.references, loss.queue_size, loss.grid, loss.network) == ("queue", 8192, 7, "bitonic")
+    assert (loss.student_steepness, loss.teacher_steepness) == (100, 100)
+    views = chosen.build("augment").resolve(14, 518)
+    assert views.sizes == [518, 518, 98, 98, 98, 98]
+    assert chosen.config["model"]["name"] == "vit_small_patch14_reg4_dinov2.lvd142m" and chosen.run.seed == 400
+    head = chosen.build("head", dim=384)
+    assert [layer.out_features for layer in head.layers[::2]] == [2048, 2048, 256]
