@@ -56,13 +56,14 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, default=500)
     parser.add_argument("--classes", type=int, default=21)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as numpy on the other side
     rng = np.random.default_rng(0)
     target = rng.integers(options.classes, size=options.pixels)
     guess = (target * options.clusters // options.classes + rng.integers(40, size=options.pixels)) % options.clusters
     prediction = np.where(rng.random(options.pixels) < 0.7, guess, rng.integers(options.clusters, size=options.pixels))
     labels = torch.from_numpy(prediction), torch.from_numpy(target)
     size = options.clusters, options.classes
-    print(f"{options.pixels} pixels, {options.clusters} clusters, {options.classes} classes")
+    print(f"{options.pixels} pixels, {options.clusters} clusters, {options.classes} classes, one thread")
     for name, match in (("one to one", metrics.match_one_to_one), ("many to one", metrics.match_many_to_one)):
 
         def fast(match: Callable[[torch.Tensor], torch.Tensor] = match) -> torch.Tensor:

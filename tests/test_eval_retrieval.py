@@ -15,6 +15,7 @@ from neco.errors import NecoError
 from neco.eval import retrieval
 from neco.eval.base import Extract
 from neco.eval.neighbours import Neighbours
+from neco.eval.overcluster import Overcluster
 from neco.eval.retrieval import Retrieval
 from neco.values import MEAN, STD
 
@@ -186,6 +187,14 @@ def test_batch_size_workers_order_and_engine_change_nothing(dataset: Files) -> N
         other = Retrieval(engine=engine, **values)(Conv(8), dataset, extract=extract, seed=3)
         assert other.metrics == pytest.approx(first.metrics, abs=1e-9) and other.protocol == first.protocol
     assert Retrieval(**values)(Conv(8), dataset, extract=HERE, seed=4).metrics != first.metrics
+
+
+def test_no_random_state_is_touched(dataset: Files) -> None:
+    backbone = Conv(8)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    Retrieval(size=32, engine="torch")(backbone, dataset, extract=HERE)
+    Overcluster(size=32, engine="torch", restarts=1, seeds=(0,))(backbone, dataset, extract=HERE)
+    assert torch.equal(torch.get_rng_state(), before[0]) and np.array_equal(np.random.get_state()[1], before[1])
 
 
 def test_several_k_from_one_search_equal_single_ones(dataset: Files) -> None:

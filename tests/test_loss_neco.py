@@ -151,6 +151,17 @@ def test_autocast_changes_nothing(network: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_fast_matrix_products_change_nothing() -> None:
+    tensors = [x.repeat(1, 8, 8, 8) for x in inputs(torch.float32)]
+    value = NeCo(student_steepness=1000.0)(*tensors)[0]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")  # bfloat16 on processors that have it, TF32 on a GPU
+        assert torch.equal(NeCo(student_steepness=1000.0)(*tensors)[0], value)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("similarity", ("cosine", "euclidean"))
 def test_degenerate_patches_are_finite(similarity: str) -> None:
     """Zero vectors, identical patches, references equal to the patch."""

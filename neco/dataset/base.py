@@ -71,7 +71,7 @@ def read_image(ref: Ref) -> np.ndarray:
     image = _decode(ref)
     if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return np.array(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # read-only: one copy less
 
 
 def read_label(dataset: Dataset, sample: Sample) -> np.ndarray:

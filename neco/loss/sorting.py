@@ -300,7 +300,6 @@ class _Sorter:
 
         p, q, tiny = self.student, self.teacher, torch.finfo(x.dtype).tiny
         loss.copy_(p.clamp_min_(tiny).log().mul_(q).sum((0, 1))[:r].div_(-n))
-        q.clamp_min_(0)  # rounding: -1e-8 at a steepness of a million
         entropy.copy_(torch.special.xlogy(q, q).sum((0, 1))[:r].div_(-n))
         if gradient is None:
             return
@@ -324,6 +323,6 @@ class _Sorter:
 
 
 def _exchange(sides: tuple[Tensor, Tensor], share: Tensor, difference: Tensor) -> None:
-    """Move `share` of the difference a - b from side a to side b, in place."""
+    """Move `share` of the difference a - b from side a to side b, in place. Shares at most 1 leave nothing negative."""
     sides[0].addcmul_(share, difference, value=-1)
     sides[1].addcmul_(share, difference)
