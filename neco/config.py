@@ -248,7 +248,8 @@ def origin(key: str, overrides: Sequence[str], choices: Mapping[str, Any]) -> st
         for base in (folder(), *user_folders()):
             path = base / f"{place}.yaml"
             relative = key if not package else key.removeprefix(f"{package}.")
-            if path.is_file() and (not package or relative != key):
-                if relative in set(flatten(yaml.safe_load(path.read_text()))):
-                    return f"conf/{place}.yaml" if base == folder() else str(path)
+            if not path.is_file() or (package and relative == key):
+                continue
+            if relative in flatten(yaml.safe_load(path.read_text())):
+                return f"conf/{place}.yaml" if base == folder() else str(path)
     return ""

@@ -119,13 +119,9 @@ def table(records: list[dict[str, Any]]) -> str:
     first, last = min(r["step"] for r in records), max(r["step"] for r in records)
     rows = []
     for record in (r for r in records if r["step"] == last):
-        before = next(
-            (
-                r["metrics"]
-                for r in records
-                if (r["step"], r["network"], r["evaluation"]) == (first, record["network"], record["evaluation"])
-            ),
-            {},
+        same = (first, record["network"], record["evaluation"])
+        before: dict[str, float] = next(
+            (r["metrics"] for r in records if (r["step"], r["network"], r["evaluation"]) == same), {}
         )
         for name, value in record["metrics"].items():
             row = [record["dataset"], record["protocol"], name, record["network"], f"{value:.4f}"]

@@ -106,7 +106,10 @@ def test_help_is_quick_and_names_every_option(neco):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; sys.argv = ['neco', '--help']; import neco.__main__ as m; m.main(); print(sorted({'torch', 'hydra', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys; sys.argv = ['neco', '--help']; import neco.__main__ as program; program.main();"
+        "print(sorted({'torch', 'hydra', 'numpy'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip().endswith("[]"), done.stderr
 

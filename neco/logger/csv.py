@@ -40,7 +40,9 @@ class Csv(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row; a metric not seen before adds a column to the whole file."""
+        """Append a row; a metric not seen before adds a column. Evaluations have results.json instead."""
+        if any(name.startswith("eval/") for name in metrics):
+            return
         row = {"step": step, **metrics}
         if new := [name for name in row if name not in self.fields]:
             rows: list[dict[str, Any]] = []

@@ -33,7 +33,7 @@ class Wandb(Logger):
     ) -> None:
         super().__init__()
         self.folder, self.step = Path(folder), step
-        self.options = {"project": project, "entity": entity, "group": group, "tags": tags}
+        self.options: dict[str, Any] = {"project": project, "entity": entity, "group": group, "tags": tags}
         self.mode = mode
         self._run: Any = None
 
@@ -71,7 +71,7 @@ class Wandb(Logger):
         return self._run
 
     @rank_zero_only
-    def log_hyperparams(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The resolved configuration."""
         self.run.config.update(dict(params), allow_val_change=True)
 

@@ -7,16 +7,17 @@ from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from neco.loss.base import Loss
 from neco.loss.sorting import Network, at_least_float32, sort_cross_entropy
 from neco.values import Positive, PositiveFloat
 
 Similarity = Literal["cosine", "euclidean"]
 
 
-class NeCo(nn.Module):
+class NeCo(Loss):
     """Cross-entropy between the soft orders of the references, by similarity to each patch, of teacher and student.
 
     For a patch, Q and P (n, n) are the soft permutations that sort its similarities to its image's n references for

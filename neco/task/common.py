@@ -17,7 +17,7 @@ from neco.config import Settings, call
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
 from neco.model import last_checkpoint
-from neco.model.weights import locate, weights_hash
+from neco.model.weights import Which, locate, weights_hash
 from neco.results import Results
 from neco.training import memory
 
@@ -48,7 +48,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def source_of_weights(settings: Settings) -> tuple[str | None, str]:
+def source_of_weights(settings: Settings) -> tuple[str | None, Which]:
     """`checkpoint` and `weights` of the configuration as what `neco.model.weights.load` takes: (source, which)."""
     run = settings.run
     if run.weights == "none":
@@ -91,18 +91,12 @@ def measure(
         for network, backbone in networks.items():
             digest = weights_hash(backbone)
             for name, evaluation in evaluations.items():
-                record = store.find(step, network, name, digest) or done.get((digest, name))
+                record: Any = store.find(step, network, name, digest) or done.get((digest, name))
                 if record is None:
                     log.info("evaluating: %s of the %s on %s", name, network, dataset_name)
                     record = _run(evaluation, backbone, dataset, settings, device)
-                    record = {
-                        "evaluation": name,
-                        "dataset": dataset_name,
-                        "split": "val",
-                        "weights": digest,
-                        "step": step,
-                    } | record
-                    record |= {"epoch": epoch, "seed": settings.run.seed}
+                    place = {"dataset": dataset_name, "split": "val", "step": step, "epoch": epoch}
+                    record = {"evaluation": name, "weights": digest, **place, "seed": settings.run.seed, **record}
                 done[digest, name] = record
                 store.add({**record, "network": network})
                 for logger in loggers:

@@ -25,7 +25,7 @@ class Job:
     dataset: Dataset
     model: dict[str, Any]
     source: str | None
-    which: str
+    which: weights.Which
     device: torch.device
 
 

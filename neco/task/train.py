@@ -110,7 +110,7 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
 
     torch.manual_seed(settings.run.seed)
     backbone = settings.build("model", drop_path=options.drop_path)
-    report = f"from {resume}" if resume else weights.load(backbone, *source_of_weights(settings))
+    start = f"step {done} of {resume}" if resume else str(weights.load(backbone, *source_of_weights(settings)))
     module = PostTraining(
         backbone, settings.build("head", dim=job.outline.dim), settings.build("loss"),
         options=options, optim=settings.spine["optim"], sizes=job.views.sizes, global_views=job.views.global_views,
@@ -128,7 +128,7 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
             measure(settings, store, networks, job.val, job.val_name, device, step, epoch, loggers.values())
 
     bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
-    _announce(settings, job, module, str(report), done, output, bf16)
+    _announce(settings, job, module, start, output, bf16)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     trainer = pl.Trainer(
@@ -202,55 +202,36 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
 
 
-def _announce(
-    settings: Settings, job: Job, module: PostTraining, source: str, done: int, output: Path, bf16: bool
-) -> None:
-    """Say what is going to happen, before it does."""
-    plan, outline = job.plan, job.outline
+def _announce(settings: Settings, job: Job, module: PostTraining, start: str, output: Path, bf16: bool) -> None:
+    """Say what is going to happen, before it does. `start`: where the weights come from."""
+    plan, outline, options = job.plan, job.outline, job.plan.options
+    sizes = job.views.sizes
 
-    def millions(part: torch.nn.Module, trained: bool) -> float:
-        return sum(p.numel() for p in part.parameters() if p.requires_grad == trained) / 1e6
+    def millions(part: torch.nn.Module, trained: bool) -> str:
+        return f"{sum(p.numel() for p in part.parameters() if p.requires_grad == trained) / 1e6:.2f} M"
 
-    trained = f"{millions(module.student.backbone, True):.2f} M of the backbone + {millions(module.student.head, True):.2f} M of the head"
-    marks = sorted({0, *plan.marks(plan.options.eval_epochs), plan.steps})
-    at = f"{', '.join(settings.config['eval'])} on {job.val_name} at steps {_few(marks)}" if job.val else "none"
-    needed = memory.estimate(
-        module, job.views.sizes, plan.options.batch_size // plan.options.accumulate, bf16, job.device
-    )
+    trained = [f"{millions(getattr(module.student, part), True)} of the {part}" for part in ("backbone", "head")]
+    marks = sorted({0, *plan.marks(options.eval_epochs), plan.steps})
+    needed = memory.estimate(module, sizes, options.batch_size // options.accumulate, bf16, job.device)
     total = memory.total(job.device)
-    log.info("data        %s: %d images", settings.choices["dataset"], plan.images)
-    log.info(
-        "backbone    %s: patch %d, width %d, %d blocks; %s",
-        settings.choices["model"],
-        outline.patch,
-        outline.dim,
-        outline.depth,
-        source,
-    )
-    log.info("trained     %s; frozen: the teacher, %.2f M", trained, millions(module, False))
-    log.info(
-        "views       %s pixels", " + ".join(f"{job.views.sizes.count(s)} x {s}" for s in dict.fromkeys(job.views.sizes))
-    )
-    log.info(
-        "steps       %d of %d images, %.4g epochs%s",
-        plan.steps,
-        plan.options.batch_size,
-        plan.epoch(plan.steps),
-        f", {done} done" if done else "",
-    )
-    log.info("evaluation  %s", at)
-    log.info(
-        "memory      about %.2f GB at the peak, of %.1f GB; %s on %s",
-        needed / memory.GB,
-        total / memory.GB,
-        "bf16" if bf16 else "fp32",
-        device_name(job.device),
-    )
-    log.info("writes      %s", output)
+    lines = {
+        "data": f"{settings.choices['dataset']}: {plan.images} images",
+        "backbone": f"{settings.choices['model']}: patch {outline.patch}, width {outline.dim}, {outline.depth} blocks",
+        "start": start,
+        "trained": f"{' + '.join(trained)}; frozen: the teacher, {millions(module, False)}",
+        "views": " + ".join(f"{sizes.count(size)} x {size}" for size in dict.fromkeys(sizes)) + " pixels",
+        "steps": f"{plan.steps} of {options.batch_size} images, {plan.epoch(plan.steps):.4g} epochs",
+        "evaluation": f"{', '.join(settings.config['eval'])} on {job.val_name} at steps {_few(marks)}"
+        if job.val
+        else "none",
+        "memory": f"about {needed / memory.GB:.2f} GB at the peak, of {total / memory.GB:.1f} GB",
+        "device": f"{device_name(job.device)}, {'bf16' if bf16 else 'fp32'}",
+        "writes": str(output),
+    }
+    for name, text in lines.items():
+        log.info("%-11s %s", name, text)
     if needed > total:
-        log.warning(
-            "this is likely to run out of memory: lower train.batch_size, raise train.accumulate or make views smaller"
-        )
+        log.warning("likely to run out of memory: lower train.batch_size, raise train.accumulate or make views smaller")
 
 
 def _few(numbers: list[int]) -> str:

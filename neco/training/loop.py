@@ -16,7 +16,6 @@ from rich.progress import Progress, TextColumn
 
 from neco import progress
 from neco.config import Train
-from neco.errors import NecoError
 from neco.training import memory
 from neco.training.module import PostTraining
 
@@ -76,7 +75,7 @@ class Checkpoints:
 class Loop(pl.Callback):
     """After each step, in this order: log, save, evaluate. Only the first is part of the measured speed.
 
-    `evaluate(module, step)` is called before the first step and at the marks; a resumed run makes up for what it missed.
+    `evaluate(module, step)` is called before the first step and at the marks; a resumed run makes up for a missed one.
     """
 
     def __init__(self, plan: Plan, checkpoints: Checkpoints, evaluate: Callable[[PostTraining, int], None]) -> None:
@@ -149,9 +148,3 @@ class Loop(pl.Callback):
     def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         if self.bar:
             self.bar.stop()
-
-
-def check_plan(plan: Plan) -> None:
-    """Raises NecoError where there is nothing to train on."""
-    if not plan.images:
-        raise NecoError("the training split holds no images")

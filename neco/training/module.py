@@ -16,6 +16,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from neco import config
 from neco.augment.colour import normalise
 from neco.errors import NecoError
+from neco.loss.base import Loss
+from neco.model.backbone import Backbone
+from neco.model.head import Head
 from neco.training import optim
 from neco.training.align import align_pairs, pair_boxes
 from neco.training.references import Queue, deal, permutations
@@ -24,7 +27,7 @@ from neco.training.references import Queue, deal, permutations
 class Network(nn.Module):
     """A backbone and its projection head: images (K, 3, H, W) -> unit patch vectors (K, h, w, D)."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
@@ -44,11 +47,16 @@ class PostTraining(pl.LightningModule):
         steps: optimiser steps of the whole run, over which the schedules go.
     """
 
+    student: Network
+    teacher: Network
+    loss: Loss
+    broken_at: Tensor
+
     def __init__(
         self,
-        backbone: nn.Module,
-        head: nn.Module,
-        loss: nn.Module,
+        backbone: Backbone,
+        head: Head,
+        loss: Loss,
         *,
         options: config.Train,
         optim: config.Optim,
@@ -75,7 +83,7 @@ class PostTraining(pl.LightningModule):
         return self
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        """`batch`: uint8 views (B, G, 3, S, S) and (B, L, 3, s, s), crops (B, V, 4); `index` counts batches over the run."""
+        """`batch`: uint8 views (B, G, 3, S, S), (B, L, 3, s, s) and crops (B, V, 4); `index`: its number in the run."""
         torch.manual_seed(int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0]))  # stochastic depth
         size = len(batch["crops"])
         images, small = (
@@ -158,6 +166,6 @@ class PostTraining(pl.LightningModule):
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Exponential moving average in place: teacher <- momentum teacher + (1 - momentum) student, parameter by parameter."""
+    """Moving average in place, parameter by parameter: teacher <- momentum teacher + (1 - momentum) student."""
     ours, theirs = list(teacher.parameters()), [parameter.detach() for parameter in student.parameters()]
     get_ema_multi_avg_fn(momentum)(ours, theirs, None)
