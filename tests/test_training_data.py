@@ -12,7 +12,8 @@ from neco.training.loop import Plan
 
 OPTIONS = {
     "epochs": 3, "steps": None, "batch_size": 4, "accumulate": 1, "drop_path": 0.0, "momentum": (0.9, 1.0),
-    "clip": None, "precision": "fp32", "workers": 0, "resume": "auto", "eval_epochs": 1, "save_epochs": 1, "save_minutes": 1.0,
+    "clip": None, "precision": "fp32", "workers": 0, "resume": "auto",
+    "eval_epochs": 1, "save_epochs": 1, "save_minutes": 1.0,
     "log_steps": 1,
 }  # fmt: skip
 
