@@ -221,6 +221,19 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
     return settings
 
 
+def load(*overrides: str) -> Settings:
+    """The validated settings of `python -m neco OVERRIDES`, for scripts, notebooks and tests."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(folder()), version_base="1.3"):
+        composed = compose("config", list(overrides), return_hydra_config=True)
+    choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
+    OmegaConf.set_struct(composed, False)
+    del composed["hydra"]
+    return validate(OmegaConf.to_container(composed, resolve=True), choices, list(overrides))  # type: ignore[arg-type]
+
+
 def flatten(node: Any, prefix: str = "") -> Iterator[str]:
     """The dotted names of all keys of a nested mapping."""
     if isinstance(node, Mapping):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from neco import config
+
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 
@@ -77,21 +79,6 @@ def neco(tmp_path: Path, cache: Path):
 torch.set_num_threads(1)
 
 
-def settings(*overrides: str):
-    """The validated settings of `python -m neco OVERRIDES`, in this process."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from neco import config
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", list(overrides), return_hydra_config=True)
-    choices = {k: v for k, v in cfg.hydra.runtime.choices.items() if not k.startswith("hydra/")}
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    return config.validate(OmegaConf.to_container(cfg, resolve=True), choices, list(overrides))
-
-
 SMALL = (  # a run of seconds: few small images, a small head, no evaluation
     "dataset.train=12", "dataset.val=4", "head.hidden=32", "head.out=16", "loss.grid=3", "train.batch_size=4",
     "train.workers=0", "train.log_steps=1", "augment.global_size=32", "augment.local_size=16", "augment.local_views=1",
@@ -107,7 +94,7 @@ def train(tmp_path: Path, cache: Path):
         from neco.task import train as task
 
         output = tmp_path / folder
-        wanted = settings(*SMALL, f"cache_dir={cache}", f"run_dir={output}", *overrides)
+        wanted = config.load(*SMALL, f"cache_dir={cache}", f"run_dir={output}", *overrides)
         task.main(wanted, task.prepare(wanted), output)
         return output
 

@@ -152,7 +152,7 @@ def test_autocast_changes_nothing(network: str) -> None:
 
 
 def test_fast_matrix_products_change_nothing() -> None:
-    tensors = [x.repeat(1, 8, 8, 8) for x in inputs(torch.float32)]
+    tensors = torch.randn(3, 1, 16, 49, 256, generator=torch.Generator().manual_seed(0)).unbind()  # large enough
     value = NeCo(student_steepness=1000.0)(*tensors)[0]
     before = torch.get_float32_matmul_precision()
     try:

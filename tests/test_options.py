@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import CONF, settings
+from conftest import CONF
 
+from neco import config
 from neco.config import locate
 
 
@@ -42,7 +43,7 @@ def test_loss_trains(train, name):
 
 @pytest.mark.parametrize("name", options("loss"))
 def test_loss_gives_gradient_to_the_student_alone(name):
-    wanted = settings(f"loss={name}", "loss.grid=3")
+    wanted = config.load(f"loss={name}", "loss.grid=3")
     loss, generator = wanted.build("loss"), torch.Generator().manual_seed(0)
     student, teacher, references = (
         torch.randn(2, 3, 9, 8, generator=generator, requires_grad=r) for r in (True, True, False)
@@ -86,7 +87,7 @@ def test_logger_records_a_run(train, name, tmp_path):
 
 @pytest.mark.parametrize("name", options("experiment"))
 def test_experiment_trains_with_the_tiny_backbone_in_its_place(train, name):
-    chosen = settings(f"experiment={name}")
+    chosen = config.load(f"experiment={name}")
     assert chosen.run.task == "train"
     if chosen.choices["dataset"] == "shapes":
         assert losses(train(f"experiment={name}", "train.steps=1"))
@@ -95,7 +96,7 @@ def test_experiment_trains_with_the_tiny_backbone_in_its_place(train, name):
 
 
 def test_preset_of_the_paper_says_what_the_paper_says():
-    chosen = settings("experiment=neco_dinov2r_vits14")
+    chosen = config.load("experiment=neco_dinov2r_vits14")
     train, optim = chosen.spine["train"], chosen.spine["optim"]
     assert (train.epochs, train.batch_size, train.momentum, train.drop_path) == (25, 64, (0.9995, 1.0), 0.1)
     assert (optim.lr, optim.head_lr, optim.weight_decay) == (1e-5, 1e-4, (0.04, 0.5))

@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import settings
 
-from neco import load_backbone
+from neco import config, load_backbone
 from neco.errors import NecoError
 from neco.model.weights import weights_hash
 
@@ -25,7 +24,7 @@ def evaluate(tmp_path, cache):
         from neco.task import eval as task
 
         light = [f"eval=[{','.join(evals)}]", *(option for name in evals for option in LIGHT[name])]
-        wanted = settings(*FEW, *light, f"cache_dir={cache}", f"run_dir={tmp_path / folder}", *overrides)
+        wanted = config.load(*FEW, *light, f"cache_dir={cache}", f"run_dir={tmp_path / folder}", *overrides)
         task.main(wanted, task.prepare(wanted), tmp_path / folder)
         return json.loads((tmp_path / folder / "results.json").read_text())
 
@@ -73,7 +72,7 @@ def test_same_seed_same_numbers_from_the_cache_too(evaluate):
 def test_unlabelled_data_cannot_be_evaluated(tmp_path, cache):
     from neco.task import eval as task
 
-    wanted = settings("task=eval", "weights=none", "dataset=coco", f"cache_dir={cache}")
+    wanted = config.load("task=eval", "weights=none", "dataset=coco", f"cache_dir={cache}")
     with pytest.raises(NecoError, match="no labels"):
         task.prepare(wanted)
 
@@ -101,6 +100,6 @@ def test_multirun_sweeps_models_and_k(neco, tmp_path):
 def test_what_would_fail_later_fails_at_once(cache, options, words):
     from neco.task import train as task
 
-    wanted = settings("dataset.train=12", "dataset.val=6", f"cache_dir={cache}", *options)
+    wanted = config.load("dataset.train=12", "dataset.val=6", f"cache_dir={cache}", *options)
     with pytest.raises(NecoError, match=words):
         task.prepare(wanted)
