@@ -1,7 +1,11 @@
 """Shared by all tests: a program runner, and no surprises from the machine's settings."""
 
-import logging
+# ruff: noqa: E402
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as neco.__main__ does, before torch is imported
+
+import logging
 import subprocess
 import sys
 from pathlib import Path

@@ -127,10 +127,11 @@ def test_k_defaults_to_the_classes_and_several_k_equal_single_ones(dataset: File
     assert single.metrics == {"miou_k5": both.metrics["miou_k5"]}
 
 
-def test_the_seed_shifts_the_seeds(dataset: Files) -> None:
-    shifted = Overcluster(k=9, **QUICK)(Conv(8), dataset, extract=HERE, seed=1).details["miou_k9"]["seeds"]
-    plain = Overcluster(k=9, **QUICK)(Conv(8), dataset, extract=HERE).details["miou_k9"]["seeds"]
-    assert [*shifted] == [1, 2] and shifted[1] == plain[1]
+def test_seeds_are_those_of_the_protocol(dataset: Files) -> None:
+    found = [Overcluster(k=9, **QUICK)(Conv(8), dataset, extract=HERE, seed=seed) for seed in (0, 400)]
+    assert found[0] == found[1] and [*found[0].details["miou_k9"]["seeds"]] == [0, 1]
+    other = Overcluster(k=9, **QUICK | {"seeds": (1, 2)})(Conv(8), dataset, extract=HERE)
+    assert other.details["miou_k9"]["seeds"][1] == found[0].details["miou_k9"]["seeds"][1]
 
 
 def test_absent_classes(dataset: Files) -> None:

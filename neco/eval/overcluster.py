@@ -34,7 +34,7 @@ class Overcluster:
     Args:
         size: of the input in pixels; null = the multiple of the patch nearest to 448 (to the data's own size if drawn).
         k: number of clusters, or several; null = the number of classes.
-        seeds: of k-means, each added to the evaluation's own seed.
+        seeds: of k-means (published: 0 to 4).
         pca: channels kept, all of them where the features have fewer.
         pca_rows: PCA is fitted on at most so many patches for each input channel.
         sample: k-means is trained on at most so many patches a cluster.
@@ -93,7 +93,7 @@ class Overcluster:
     def __call__(
         self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
     ) -> Result:
-        """Evaluate `backbone`; k-means runs with `seed` + each of `seeds`.
+        """Evaluate `backbone`. `seed`, part of every evaluation, changes nothing: the protocol's own are `seeds`.
 
         Returns: metrics `miou_k<k>`, the mean over seeds; details: standard deviation (of the sample), the number for
         each seed, the matching, and the mean IoU of each class.
@@ -111,24 +111,24 @@ class Overcluster:
         )
         del features
         maps, matrices = {}, {}
-        for k, start in track([(k, start) for k in ks for start in self.seeds], "k-means"):
-            index = self._cluster(points, k, seed + start, device)
-            maps[k, start] = torch.from_numpy(index.astype(np.int32).reshape(shape))
-            matrices[k, start] = torch.zeros(k, classes, dtype=torch.long)
+        for k, seed in track([(k, seed) for k in ks for seed in self.seeds], "k-means"):
+            index = self._cluster(points, k, seed, device)
+            maps[k, seed] = torch.from_numpy(index.astype(np.int32).reshape(shape))
+            matrices[k, seed] = torch.zeros(k, classes, dtype=torch.long)
         for rows, masks in extract.masks(dataset, samples, size):
             target = resize_nearest(masks, GRID)
-            for (k, start), matrix in matrices.items():
-                matrix += metrics.confusion(resize_nearest(maps[k, start][rows], GRID), target, k, classes)
+            for (k, seed), matrix in matrices.items():
+                matrix += metrics.confusion(resize_nearest(maps[k, seed][rows], GRID), target, k, classes)
         found, details = {}, {}
         for k in ks:
             match = metrics.match_one_to_one if k == classes else metrics.match_many_to_one
-            matched = [metrics.remap(matrices[k, start], match(matrices[k, start])) for start in self.seeds]
+            matched = [metrics.remap(matrices[k, seed], match(matrices[k, seed])) for seed in self.seeds]
             scores = [metrics.miou(matrix, self.compat) for matrix in matched]
             iou = torch.stack([metrics.class_iou(matrix) for matrix in matched]).nanmean(0)
             found[f"miou_k{k}"] = fmean(scores)
             details[f"miou_k{k}"] = {
                 "std": stdev(scores) if len(scores) > 1 else None,
-                "seeds": {seed + start: score for start, score in zip(self.seeds, scores, strict=True)},
+                "seeds": dict(zip(self.seeds, scores, strict=True)),
                 "matching": match.__name__.removeprefix("match_"),
                 "iou": metrics.by_class(iou, dataset.classes),
             }
