@@ -1,6 +1,5 @@
 """Shared by all tests: a program runner, and no surprises from the machine's settings."""
 
-# ruff: noqa: E402
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as neco.__main__ does, before torch is imported
