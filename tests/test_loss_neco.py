@@ -152,12 +152,12 @@ def test_autocast_changes_nothing(network: str) -> None:
 
 
 def test_fast_matrix_products_change_nothing() -> None:
-    tensors = torch.randn(3, 1, 16, 49, 256, generator=torch.Generator().manual_seed(0)).unbind()  # large enough
-    value = NeCo(student_steepness=1000.0)(*tensors)[0]
+    patches, references = torch.randn(2, 16, 49, 256, generator=torch.Generator().manual_seed(0))
+    exact = similarities(patches.double(), references.double(), "cosine")
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("medium")  # bfloat16 on processors that have it, TF32 on a GPU
-        assert torch.equal(NeCo(student_steepness=1000.0)(*tensors)[0], value)
+        torch.set_float32_matmul_precision("medium")  # bfloat16 or its like on a processor, TF32 on a GPU
+        assert (similarities(patches, references, "cosine") - exact).abs().max() < 1e-7
     finally:
         torch.set_float32_matmul_precision(before)
 
