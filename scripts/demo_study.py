@@ -93,7 +93,7 @@ def continued(seed: int, seconds: float, out: Path, extra: list[str]) -> dict[st
 
     file = out / f"warm-start-{seed}.safetensors"
     if not file.is_file():
-        script = [sys.executable, ROOT / "scripts" / "make_tiny.py", "--continue-from", "tiny"]
+        script = [sys.executable, ROOT / "scripts" / "make_tiny.py", "--further"]
         limits = ["--seconds", f"{seconds:.0f}", "--seed", str(seed), "--out", file]
         subprocess.run([*map(str, [*script, *limits])], check=True, cwd=ROOT)
     return evaluate(load_backbone(str(file), model="tiny"), extra)
