@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from neco import config, load_backbone
 from neco.augment.colour import normalise
+from neco.augment.views import random_crop
 from neco.dataset.base import read_image
 from neco.progress import track
 
@@ -44,14 +45,13 @@ def spectrum(images: Tensor, patch: int) -> Tensor:
 
 
 def batch(images: Tensor, size: int, count: int, rng: np.random.Generator) -> Tensor:
-    """`count` random crops of one random side, halved in size at most, some mirrored; normalised (B, 3, S, S)."""
-    side = int(rng.integers(size, images.shape[-1] + 1))
-    corners = rng.integers(0, images.shape[-1] - side + 1, (count, 2))
-    chosen = rng.integers(0, len(images), count)
-    crops = [images[i, :, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners, strict=True)]
-    resized = F.interpolate(torch.stack(crops).float(), size=(size, size), mode="bilinear", antialias=True)
-    views = normalise(resized.round().byte())
-    return views.flip(-1) if rng.random() < 0.5 else views
+    """`count` random resized crops of random images, normalised (B, 3, S, S)."""
+    views = []
+    for i in rng.integers(0, len(images), count):
+        x1, y1, x2, y2 = random_crop(rng, *images.shape[2:], (0.25, 1.0), (3 / 4, 4 / 3))
+        crop = images[i : i + 1, :, y1:y2, x1:x2].float()
+        views.append(F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True))
+    return normalise(torch.cat(views).round().byte())
 
 
 class Autoencoder(nn.Module):

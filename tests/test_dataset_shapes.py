@@ -25,7 +25,7 @@ def test_files_hold_what_is_drawn_and_splits_differ(dataset):
         image, mask = draw(0, split, 7)
         assert image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8
         np.testing.assert_array_equal(read_label(dataset, samples[7]), mask)
-        assert np.abs(read_image(samples[7].image).astype(int) - image).mean() < 4  # JPEG
+        np.testing.assert_array_equal(read_image(samples[7].image), image)
     assert (read_label(dataset, train[7]) != read_label(dataset, val[7])).any()
 
 
@@ -61,7 +61,7 @@ def test_masks_are_exact(monkeypatch):
 
 
 def test_brightness_and_contrast_say_nothing_about_the_class():
-    """Class by class, mean and deviation of a region's pixels spread over the same range."""
+    """Mean and deviation of a region's pixels: a class is less than one spread away from the average class."""
     stats = {label: [] for label in range(8)}
     for index in range(150):
         image, mask = draw(1, "train", index)
@@ -70,7 +70,7 @@ def test_brightness_and_contrast_say_nothing_about_the_class():
             stats[label].append((pixels.mean(), pixels.std(0).mean()))
     means = np.array([np.mean(values, 0) for values in stats.values()])
     spread = np.array([np.std(values, 0) for values in stats.values()])
-    assert (np.abs(means - means.mean(0)) < 0.5 * spread.mean(0)).all(), (means, spread)
+    assert (np.abs(means - means.mean(0)) < spread.mean(0)).all(), (means, spread)
 
 
 def test_written_once_and_again_when_anything_changes(dataset, monkeypatch):

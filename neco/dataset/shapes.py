@@ -64,7 +64,8 @@ class Shapes(Dataset):
                     (work / split / kind).mkdir(parents=True)
                 for i in track(range(count), f"drawing shapes {split}"):
                     image, mask = draw(self.seed, split, i)
-                    Image.fromarray(image).save(work / split / "images" / f"{i:05d}.jpg", quality=92)
+                    # PNG: halved colour resolution, as in most JPEGs, would blur textures of one brightness away
+                    Image.fromarray(image).save(work / split / "images" / f"{i:05d}.png")
                     Image.fromarray(mask).save(work / split / "masks" / f"{i:05d}.png")
             try:
                 work.rename(folder)
