@@ -48,7 +48,7 @@ def batch(images: Tensor, size: int, count: int, rng: np.random.Generator) -> Te
     """`count` random resized crops of random images, normalised (B, 3, S, S)."""
     views = []
     for i in rng.integers(0, len(images), count):
-        x1, y1, x2, y2 = random_crop(rng, *images.shape[2:], (0.25, 1.0), (3 / 4, 4 / 3))
+        x1, y1, x2, y2 = random_crop(rng, *images.shape[2:], (0.15, 1.0), (3 / 4, 4 / 3))
         crop = images[i : i + 1, :, y1:y2, x1:x2].float()
         views.append(F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True))
     return normalise(torch.cat(views).round().byte())

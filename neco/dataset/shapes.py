@@ -1,7 +1,7 @@
 """`shapes`: drawn scenes with exact masks, the data set that is always there.
 
-Eight classes, background included, differ by texture and outline; colours, contrast, polarity, direction, phase, scale
-and light are random, so that raw pixels say next to nothing about the class: a feature has to see structure.
+Eight classes, background included, differ by texture and outline; colours, contrast, polarity, phase and light are
+random, scale and direction a little, so that raw pixels say next to nothing about the class: structure does.
 """
 
 import hashlib
@@ -64,8 +64,8 @@ class Shapes(Dataset):
                     (work / split / kind).mkdir(parents=True)
                 for i in track(range(count), f"drawing shapes {split}"):
                     image, mask = draw(self.seed, split, i)
-                    # PNG: halved colour resolution, as in most JPEGs, would blur textures of one brightness away
-                    Image.fromarray(image).save(work / split / "images" / f"{i:05d}.png")
+                    # subsampling 0: halved colour resolution would blur textures of one brightness away
+                    Image.fromarray(image).save(work / split / "images" / f"{i:05d}.jpg", quality=95, subsampling=0)
                     Image.fromarray(mask).save(work / split / "masks" / f"{i:05d}.png")
             try:
                 work.rename(folder)
@@ -101,16 +101,18 @@ def _paint(rng: Rng, image: np.ndarray, inside: np.ndarray, texture: Texture) ->
     """
     x, y = X[inside], Y[inside]
     value = texture(rng, x, y)
-    value = (value - value.mean()) / (value.std() + 1e-6) * rng.choice([-1, 1])
-    direction = rng.normal(size=3)
-    direction *= rng.uniform(24, 64) / np.linalg.norm(direction)
-    colour = rng.uniform(45, 210, 3)
-    image[inside] = (colour + value[:, None] * direction.astype(np.float32)).astype(np.float32) * _light(rng, x, y)
+    direction = rng.normal(size=3)  # of either sign
+    direction *= rng.uniform(14, 36) / np.linalg.norm(direction)  # above this, raw pixels begin to match by texture
+    direction /= value.std() + 1e-6
+    colour = rng.uniform(45, 210, 3) - value.mean() * direction
+    image[inside] = (colour.astype(np.float32) + value[:, None] * direction.astype(np.float32)) * _light(rng, x, y)
 
 
-def _frame(rng: Rng, x: np.ndarray, y: np.ndarray, unit: float, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels -> coordinates around `centre`, in units of `unit` pixels, in a random slightly stretched frame."""
-    angle, stretch = rng.uniform(0, TAU), np.exp(rng.uniform(-0.15, 0.15))
+def _frame(
+    rng: Rng, x: np.ndarray, y: np.ndarray, unit: float, centre: np.ndarray, turn: float = np.pi
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels -> coordinates around `centre` in units of `unit` pixels, slightly stretched, turned by up to `turn`."""
+    angle, stretch = rng.uniform(-turn, turn), np.exp(rng.uniform(-0.15, 0.15))
     x, y = x - np.float32(centre[0]), y - np.float32(centre[1])
     cos, sin = np.float32(np.cos(angle) / unit), np.float32(np.sin(angle) / unit)
     return (cos * x + sin * y) * np.float32(stretch), (cos * y - sin * x) / np.float32(stretch)
@@ -123,8 +125,8 @@ def _light(rng: Rng, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _lattice(rng: Rng, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Texture coordinates: a period of 8 to 13 pixels, any phase and direction."""
-    return _frame(rng, x, y, rng.uniform(8, 13), rng.uniform(0, SIZE, 2))
+    """Texture coordinates: a period of 8 to 11 pixels, any phase, within 20 degrees of upright."""
+    return _frame(rng, x, y, rng.uniform(8, 11), rng.uniform(0, SIZE, 2), turn=0.35)
 
 
 def _noise(rng: Rng, shortest: float, longest: float, stretch: float = 1.0) -> np.ndarray:
