@@ -80,7 +80,7 @@ def evaluate(backbone: torch.nn.Module, extra: list[str]) -> dict[str, float]:
     """The demo's evaluations on any backbone."""
     settings = config.load(*DEMO, *extra)
     dataset, extract = settings.build("dataset"), settings.build("extract", device="cpu")
-    found = {}
+    found: dict[str, float] = {}
     for name, evaluation in settings.build_all("eval").items():
         result = evaluation(backbone, dataset, extract=extract, seed=settings.run.seed)
         found |= {f"{name}/{metric}": value for metric, value in result.metrics.items()}
@@ -129,14 +129,14 @@ def main() -> None:
     for (arm, network), found in changes.items():
         cells = []
         for metric in metrics:
-            values = [f[metric] for f in found]
+            values = [change[metric] for change in found]
             error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
             cells.append(f"{statistics.fmean(values):+.4f} +- {error:.4f}")
         rows.append([arm, network, str(len(found)), *cells])
     patch = 8
     for name, features in (("rgb", Pixels(patch)), ("xy", Positions(patch))):
-        found = evaluate(features, extra)
-        rows.append([name, "", "", *(f"{found[m]:.4f}" for m in metrics)])
+        plain = evaluate(features, extra)
+        rows.append([name, "", "", *(f"{plain[m]:.4f}" for m in metrics)])
     print("\nmIoU before; change (mean +- standard error, paired by seed) of each arm; mIoU without a network\n")
     print(columns(rows))
 

@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -48,7 +49,7 @@ def batch(images: Tensor, size: int, count: int, rng: np.random.Generator) -> Te
     """`count` random resized crops of random images, normalised (B, 3, S, S)."""
     views = []
     for i in rng.integers(0, len(images), count):
-        x1, y1, x2, y2 = random_crop(rng, *images.shape[2:], (0.15, 1.0), (3 / 4, 4 / 3))
+        x1, y1, x2, y2 = random_crop(rng, images.shape[2], images.shape[3], (0.15, 1.0), (3 / 4, 4 / 3))
         crop = images[i : i + 1, :, y1:y2, x1:x2].float()
         views.append(F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True))
     return normalise(torch.cat(views).round().byte())
@@ -57,7 +58,7 @@ def batch(images: Tensor, size: int, count: int, rng: np.random.Generator) -> Te
 class Autoencoder(nn.Module):
     """The backbone sees the kept patches alone; a small decoder fills in the others."""
 
-    def __init__(self, net: nn.Module, out: int) -> None:
+    def __init__(self, net: Any, out: int) -> None:
         super().__init__()
         self.net, tokens = net, net.pos_embed.shape[1]
         self.narrow = nn.Linear(net.embed_dim, WIDTH)
@@ -67,7 +68,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, images: Tensor, order: Tensor, keep: int) -> Tensor:
         """Prediction for all N patches; `order` (B, N) lists patches, the first `keep` are seen."""
-        net = self.net
+        net: Any = self.net
         tokens = net.patch_embed(images).flatten(1, 2) + net.pos_embed[:, 1:]
         seen = tokens.gather(1, order[:, :keep, None].expand(-1, -1, tokens.shape[2]))
         cls = (net.cls_token + net.pos_embed[:, :1]).expand(len(images), -1, -1)
@@ -78,7 +79,7 @@ class Autoencoder(nn.Module):
         return self.decoder(torch.cat([encoded[:, :1], full], 1) + self.positions)[:, 1:]
 
 
-def whiten(net: nn.Module, images: Tensor) -> None:
+def whiten(net: Any, images: Tensor) -> None:
     """Start the patch embedding at the whitened principal components: fine texture has little of the variance."""
     patch = net.patch_embed.patch_size[0]
     cells = patches(images, patch).flatten(0, 1).flatten(1)

@@ -89,8 +89,8 @@ def draw(seed: int, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
         inside[box] = outline(*_frame(rng, X[box], Y[box], unit, centre))
         _paint(rng, image, inside, texture)
         mask[inside] = label
-    image *= _light(rng, X, Y)
-    image += rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(1, 5))
+    image *= _light(rng, X, Y) * (1 + 0.15 * _noise(rng, 12, 48))[..., None]  # uneven, as under leaves
+    image += rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0.5, 2.5))
     return image.clip(0, 255).astype(np.uint8), mask
 
 
@@ -102,7 +102,7 @@ def _paint(rng: Rng, image: np.ndarray, inside: np.ndarray, texture: Texture) ->
     x, y = X[inside], Y[inside]
     value = texture(rng, x, y)
     direction = rng.normal(size=3)  # of either sign
-    direction *= rng.uniform(14, 36) / np.linalg.norm(direction)  # above this, raw pixels begin to match by texture
+    direction *= rng.uniform(14, 32) / np.linalg.norm(direction)  # above this, raw pixels begin to match by texture
     direction /= value.std() + 1e-6
     colour = rng.uniform(45, 210, 3) - value.mean() * direction
     image[inside] = (colour.astype(np.float32) + value[:, None] * direction.astype(np.float32)) * _light(rng, x, y)
