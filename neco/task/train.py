@@ -245,6 +245,12 @@ def _conclude(settings: Settings, job: Job, store: results.Results, output: Path
         log.info("\n%s\n", results.table(store.records))
     log.info("wrote       %s", ", ".join(sorted(p.name for p in output.iterdir() if not p.name.startswith("."))))
     log.info("checkpoint  %s", last)
-    log.info("evaluate    python -m neco task=eval checkpoint=%s weights=teacher dataset=%s", output, job.val_name)
+    same = (
+        [o for o in settings.overrides if o.startswith("dataset.")]
+        if job.val_name == settings.choices["dataset"]
+        else []
+    )
+    command = ["python -m neco task=eval weights=teacher", f"checkpoint={output}", f"dataset={job.val_name}", *same]
+    log.info("evaluate    %s", " ".join(command))
     final = [r for r in store.records if r["step"] == job.plan.steps and r["network"] == "teacher"]
     return next(iter(final[0]["metrics"].values())) if final else None
