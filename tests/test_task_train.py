@@ -205,11 +205,22 @@ def test_nan_stops_with_step_and_checkpoint(train, monkeypatch, tmp_path):
     assert state(tmp_path / "nan")["global_step"] == 2, "nothing is saved after it"
 
 
-def test_a_second_process_is_kept_out(train, tmp_path):
-    from neco.task.common import locked
-
-    with locked(tmp_path / "run"), pytest.raises(NecoError, match="another process"):
+def test_a_second_process_is_kept_out_and_an_orphan_is_not(train, tmp_path):
+    hold = (
+        "import os, sys, time; from pathlib import Path; from neco.task.common import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    if not os.fork(): time.sleep(30)  # as a data worker whose process is killed\n"
+        "    print('held', flush=True); time.sleep(30)"
+    )
+    command = [sys.executable, "-c", hold, tmp_path / "run"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout and process.stdout.readline() == b"held\n"
+        with pytest.raises(NecoError, match="another process"):
+            train()
+        process.kill()
+        process.wait()
         train()
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_memory_estimate_is_within_a_quarter(tmp_path, cache):
