@@ -41,12 +41,27 @@ def usage() -> str:
 
 
 started = False
+failure: NecoError | None = None
+
+
+def job(cfg: Any) -> float | None:
+    """`run` for Hydra, which would announce an error of a single run in words of its own."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    global started, failure
+    started = True
+    try:
+        return run(cfg)
+    except NecoError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        failure = error
+        return None
 
 
 def run(cfg: Any) -> float | None:
     """One job: validate, then hand over to `neco.task.<task>`; returns the objective of a sweep."""
-    global started
-    started = True
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -57,7 +72,7 @@ def run(cfg: Any) -> float | None:
     try:
         settings = config.validate(OmegaConf.to_container(cfg, resolve=True), choices, overrides)  # type: ignore[arg-type]
         task = importlib.import_module(f"neco.task.{settings.run.task}")
-        job = task.prepare(settings)
+        prepared = task.prepare(settings)
     except NecoError as error:
         if output.is_dir() and not any(output.iterdir()):  # Hydra made it before anything was known to be wrong
             output.rmdir()
@@ -65,7 +80,7 @@ def run(cfg: Any) -> float | None:
         if place := config.origin(key, overrides, choices):
             raise NecoError(f"{error} [from {place}]") from error
         raise
-    return task.main(settings, job, output)
+    return task.main(settings, prepared, output)
 
 
 def explain(error: Exception, overrides: list[str]) -> str:
@@ -127,7 +142,9 @@ def main() -> None:
     debug = "debug=true" in arguments or bool(os.environ.get("NECO_DEBUG"))
     try:
         version = {} if hydra.__version__ >= "1.4" else {"version_base": "1.3"}
-        hydra.main(config_path=str(config.folder()), config_name="config", **version)(run)()
+        hydra.main(config_path=str(config.folder()), config_name="config", **version)(job)()
+        if failure:
+            raise failure
     except Exception as error:
         if started and not isinstance(error, (NecoError, OmegaConfBaseException)):
             raise  # a fault of the program, not of the configuration

@@ -43,6 +43,7 @@ def inside(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         monkeypatch.setattr(sys, "argv", ["neco", *arguments])
         monkeypatch.setattr(program, "started", False)
+        monkeypatch.setattr(program, "failure", None)
         try:
             program.main()
             code = 0
