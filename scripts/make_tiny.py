@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long, steps or not")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--keep", type=float, default=0.4, help="share of the patches that is seen")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--further", action="store_true", help="go on from the packaged weights, not from random ones")
