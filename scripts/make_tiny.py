@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
 
-    settings = config.load("task=train", "experiment=demo", "weights=none")
+    settings = config.load("task=train", "experiment=demo", "weights=none", "dataset.train=2000")
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     samples = settings.build("dataset").samples("train")
