@@ -37,7 +37,7 @@ class Shapes(Dataset):
     classes = ("background", "stripes", "checker", "dots", "zigzag", "bricks", "grid", "blotches")
     image_size = SIZE
 
-    def __init__(self, *, root: str, train: Positive = 2000, val: Positive = 200, seed: NonNegative = 0) -> None:
+    def __init__(self, *, root: str, train: Positive = 1000, val: Positive = 200, seed: NonNegative = 0) -> None:
         self.root = Path(root).expanduser()
         self.counts = {"train": train, "val": val}
         self.seed = seed
