@@ -1,6 +1,7 @@
 """`python -m neco`: compose conf/, validate all of it, run the task."""
 
 import importlib
+import logging
 import os
 import re
 import sys
@@ -27,13 +28,9 @@ def usage() -> str:
     """The groups and their options, each with the first comment of its file; imports nothing heavy."""
     lines = [USAGE + "groups"]
     for group in ("task", "model", "dataset", "eval", "loss", "augment", "logger", "experiment"):
-        files = {
-            path.stem: path
-            for base in (*config.user_folders(), config.folder())
-            for path in base.glob(f"{group}/*.yaml")
-        }
-        for index, (name, path) in enumerate(sorted(files.items())):
-            comments = (line[2:] for line in path.read_text().splitlines() if line.startswith("# "))
+        for index, name in enumerate(config.options(group)):
+            text = config.find(group, name).read_text()
+            comments = (line[2:] for line in text.splitlines() if line.startswith("# "))
             about = next((line for line in comments if not line.startswith("@package")), "")
             lines.append(f"  {group if not index else '':<11} {name:<20} {about}".rstrip())
     lines.append("\nkeys: python -m neco task=train --cfg job      errors with a traceback: debug=true")
@@ -70,6 +67,8 @@ def run(cfg: Any) -> float | None:
     overrides = list(hydra.overrides.task)
     output = Path(hydra.runtime.output_dir)
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ and not any(o.startswith("run_dir=") for o in overrides):
+            raise NecoError("run_dir: the processes of torchrun must share one folder; name it with run_dir=runs/NAME")
         settings = config.validate(OmegaConf.to_container(cfg, resolve=True), choices, overrides)  # type: ignore[arg-type]
         task = importlib.import_module(f"neco.task.{settings.run.task}")
         prepared = task.prepare(settings)
@@ -80,6 +79,10 @@ def run(cfg: Any) -> float | None:
         if place := config.origin(key, overrides, choices):
             raise NecoError(f"{error} [from {place}]") from error
         raise
+    from neco import devices  # imports torch, as the task did
+
+    if not devices.leader():
+        logging.getLogger("neco").setLevel(logging.WARNING)
     return task.main(settings, prepared, output)
 
 
@@ -90,10 +93,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
     text = str(error)
     if option := re.search(r"Could not find '([\w@/]+)/([^'/]+)'", text):
         group, name = option.groups()
-        options = sorted(
-            {path.stem for base in (config.folder(), *config.user_folders()) for path in base.glob(f"{group}/*.yaml")}
-        )
-        return f"{group}={name}: no such option{config.nearest(name, options)} [looked in conf/{group}]"
+        return f"{group}={name}: no such option{config.nearest(name, config.options(group))} [looked in conf/{group}]"
     if key := re.search(r"Could not override '([^']+)'", text):
         name = key.group(1)
         rest = [o for o in overrides if o.lstrip("+~").split("=")[0] != name and not o.startswith("-") and "," not in o]
@@ -151,7 +151,8 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         message = str(error) if isinstance(error, NecoError) else explain(error, arguments)
-        print(f"error: {message}", file=sys.stderr)
+        process = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+        print(f"error{f' (process {process})' if process != '0' else ''}: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -18,33 +18,57 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from neco.errors import NecoError
-from neco.values import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from neco.values import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, PositiveFraction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long and how the student is trained; the last four cannot change results."""
+    """How long, what and how is trained; from `workers` on, nothing can change results (`resume` may)."""
 
     epochs: Positive
     steps: Positive | None
     batch_size: Positive
     accumulate: Positive
+    devices: Positive
+    nodes: Positive
+    strategy: Literal["ddp", "fsdp"]
     drop_path: Fraction
+    teacher: Literal["ema", "none", "frozen", "head_ema"]
     momentum: tuple[Fraction, Fraction]
     clip: PositiveFloat | None
     precision: Literal["auto", "fp32", "bf16"]
+    blocks: Literal["all"] | NonNegative | list[int]
+    embeddings: Literal["auto"] | bool
+    lora_rank: NonNegative
+    lora_alpha: PositiveFloat
     workers: NonNegative
     resume: str
     eval_epochs: NonNegative
+    monitor: str | None
+    patience: Positive | None
     save_epochs: NonNegative
     save_minutes: PositiveFloat
     log_steps: Positive
+    checkpoint_activations: bool
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.accumulate:
-            raise NecoError(
-                f"batch_size={self.batch_size} cannot be split into accumulate={self.accumulate} equal parts"
-            )
+        if self.patience and not self.monitor:
+            raise NecoError(f"patience={self.patience} waits for monitor=EVALUATION/NETWORK/METRIC to rise: set that")
+        if self.lora_rank and self.strategy == "fsdp":
+            raise NecoError("strategy=fsdp with lora_rank: what adapters train needs no sharding, use strategy=ddp")
+        parts = f"accumulate={self.accumulate} x devices={self.devices} x nodes={self.nodes}"
+        if self.batch_size % (self.accumulate * self.devices * self.nodes):
+            raise NecoError(f"batch_size={self.batch_size} cannot be split into {parts} equal parts")
+
+    @property
+    def processes(self) -> int:
+        """Of all nodes, one for each device."""
+        return self.devices * self.nodes
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that a device takes at once."""
+        return self.batch_size // self.accumulate // self.processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +77,7 @@ class Optim:
 
     lr: NonNegativeFloat
     head_lr: NonNegativeFloat
+    layer_decay: PositiveFraction
     weight_decay: tuple[NonNegativeFloat, NonNegativeFloat]
     betas: tuple[Fraction, Fraction]
 
@@ -90,6 +115,19 @@ def user_folders() -> list[Path]:
     return [Path.cwd(), config / "neco"]
 
 
+def options(group: str) -> list[str]:
+    """The names of a group's options, the user's among them; `_name.yaml` holds what options share and is none."""
+    return sorted({path.stem for base in (folder(), *user_folders()) for path in base.glob(f"{group}/[!_]*.yaml")})
+
+
+def find(group: str, name: str) -> Path:
+    """The file of an option."""
+    for base in (folder(), *user_folders()):
+        if (path := base / group / f"{name}.yaml").is_file():
+            return path
+    raise NecoError(f"no such option: {group}={name}{nearest(name, options(group))} [looked in conf/{group}]")
+
+
 def nearest(wrong: str, valid: Sequence[str]) -> str:
     """`; did you mean 'x'?` or the list of what there is."""
     if match := difflib.get_close_matches(wrong, valid, 1, 0.6):
@@ -106,32 +144,42 @@ def locate(target: str) -> Any:
         raise NecoError(f"_target_: {target} cannot be imported ({error})") from error
 
 
+def parameters(target: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """What `target` takes by name, with types; `**keywords` of a constructor stand for what its base class takes."""
+    found: dict[str, tuple[inspect.Parameter, Any]] = {}
+    classes = target.__mro__ if inspect.isclass(target) else ()
+    for function in [vars(owner)["__init__"] for owner in classes if "__init__" in vars(owner)] or [target]:
+        hints = get_type_hints(function, include_extras=True)
+        taken = list(inspect.signature(function).parameters.values())[1 if classes else 0 :]
+        for parameter in taken:
+            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                found.setdefault(parameter.name, (parameter, hints.get(parameter.name, Any)))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+            break
+    return found
+
+
 def check(
     target: Callable[..., Any], values: Mapping[str, Any], where: str, runtime: Sequence[str] = ()
 ) -> dict[str, Any]:
     """`values` converted to the annotations of `target`; unknown, missing and mistyped ones are errors that say so."""
     from pydantic import TypeAdapter, ValidationError
 
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(target).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD and name not in runtime
-    }
-    hints = get_type_hints(target if inspect.isfunction(target) else target.__init__, include_extras=True)  # type: ignore[misc]
+    known = {name: found for name, found in parameters(target).items() if name not in runtime}
     prefix = f"{where}." if where else ""
     for name in values:
-        if name not in parameters:
-            raise NecoError(f"{prefix}{name}: no such key{nearest(name, list(parameters))}")
-    for name, parameter in parameters.items():
+        if name not in known:
+            raise NecoError(f"{prefix}{name}: no such key{nearest(name, list(known))}")
+    for name, (parameter, _) in known.items():
         if parameter.default is parameter.empty and name not in values:
             raise NecoError(f"{prefix}{name}: needs a value")
     checked = {}
     for name, value in values.items():
-        hint = hints.get(name, Any)
+        hint = known[name][1]
         try:
             if isinstance(value, bool) and "bool" not in str(hint) and hint is not Any:
                 raise ValueError("a number or text is wanted, not true/false")
-            checked[name] = TypeAdapter(hint).validate_python(value)
+            checked[name] = TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value)
         except ValidationError as error:
             reasons = dict.fromkeys(detail["msg"] for detail in error.errors())
             raise NecoError(f"{prefix}{name}={value!r}: {'; or '.join(reasons).lower()}") from error
@@ -146,8 +194,45 @@ def build(node: Mapping[str, Any], where: str, **runtime: Any) -> Any:
         group = where.replace("val_dataset", "dataset@val_dataset")
         raise NecoError(f"{where}={node!r}: an option of the group is wanted; choose one with {group}=NAME")
     target = locate(node["_target_"])
-    values = check(target, {k: v for k, v in node.items() if k != "_target_"}, where, tuple(runtime))
+    values = {k: _objects(v, f"{where}.{k}") for k, v in node.items() if k != "_target_"}
+    values = check(target, values, where, tuple(runtime))
     return call(target, where, **values, **runtime)
+
+
+def _objects(value: Any, where: str) -> Any:
+    """A mapping of nodes becomes the mapping of their objects, any other value stays."""
+    nodes = value.values() if isinstance(value, Mapping) else ()
+    if not nodes or not all(isinstance(node, Mapping) and "_target_" in node for node in nodes):
+        return value
+    return {name: build(node, f"{where}.{name}") for name, node in value.items()}
+
+
+def option(group: str, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The node of an option as Hydra composes it, `${keys}` taken from the whole (resolved) configuration."""
+    from omegaconf import OmegaConf
+
+    whole = OmegaConf.create({**config, group: OmegaConf.load(find(group, name))})
+    node: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)[group]  # type: ignore[index, call-overload, assignment]
+    for base in node.pop("defaults", []):
+        node = {**(option(group, base, config) if base != "_self_" else {}), **node}
+    return node
+
+
+def mixed(node: Mapping[str, Any], where: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A mixture with each part as a whole node: `coco: 0.5` is the option `coco` with this weight.
+
+    A mapping sets any key of the option, and `option` names it where the part is called something else.
+    """
+    parts = {}
+    if isinstance(node["parts"], str):  # what bash makes of {coco:1,folder:0.5}
+        example = f"'{where}.parts={{coco:1,folder:0.5}}'"
+        raise NecoError(f"{where}.parts={node['parts']!r}: a mapping is wanted, quoted for the shell: {example}")
+    for name, given in (node["parts"] or {}).items():
+        place, given = f"{where}.parts.{name}", dict(given) if isinstance(given, Mapping) else {"weight": given}
+        chosen = given.pop("option", name)
+        part = {**call(option, place, group="dataset", name=chosen, config=config), **given}
+        parts[name] = mixed(part, place, config) if "parts" in part else part
+    return {**node, "parts": parts}
 
 
 def call(target: Callable[..., Any], where: str, **values: Any) -> Any:
@@ -210,6 +295,9 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
     for name in LISTS:
         group = {key: node for key, node in (config.get(name) or {}).items() if "_target_" in (node or {})}
         config[name] = group
+    for name in ("dataset", "val_dataset"):
+        if isinstance(config.get(name), Mapping) and "parts" in config[name]:
+            config[name] = mixed(config[name], name, config)
     settings = Settings(config, run, spine, dict(choices), list(overrides))
     settings.build_all("eval")
     for key, node in config["logger"].items():
@@ -255,7 +343,8 @@ def origin(key: str, overrides: Sequence[str], choices: Mapping[str, Any]) -> st
     for group, choice in choices.items():
         node = group.split("@")[-1]
         for option in choice if isinstance(choice, list) else [choice]:
-            places.append((f"{group.split('@')[0]}/{option}", f"{node}.{option}" if node in LISTS else node))
+            package = f"{node}.{option}" if node in LISTS else node
+            places += [(f"{group.split('@')[0]}/{name}", package) for name in (option, "_common")]
     places += [(f"task/{choices.get('task')}", ""), ("config", "")]
     for place, package in places:
         for base in (folder(), *user_folders()):

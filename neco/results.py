@@ -11,6 +11,9 @@ from typing import Any
 
 import yaml
 
+from neco.config import nearest
+from neco.errors import NecoError
+
 PACKAGES = (
     "neco",
     "torch",
@@ -82,7 +85,8 @@ def describe(output: Path, config: dict[str, Any], overrides: list[str], device:
 class Results:
     """results.json: one record for each evaluation of one network at one step, rewritten whole at each change."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.writes = writes  # else only kept in mind: another process writes the same
         self.path = folder / "results.json"
         self.records: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else []
 
@@ -102,6 +106,21 @@ class Results:
             (r for r in self.records if (r["step"], r["network"], r["evaluation"], r["weights"]) == wanted), None
         )
 
+    def history(self, monitor: str) -> list[tuple[int, float]]:
+        """(step, number) of each evaluation so far of `EVALUATION/NETWORK/METRIC`, in order.
+
+        Raises NecoError, with the names there are, when something was recorded and nothing is called so.
+        """
+        found, names = {}, set()
+        for r in self.records:
+            for metric, value in r["metrics"].items():
+                names.add(name := f"{r['evaluation']}/{r['network']}/{metric}")
+                if name == monitor:
+                    found[r["step"]] = value
+        if names and not found:
+            raise NecoError(f"train.monitor={monitor}: no such number{nearest(monitor, sorted(names))}")
+        return sorted(found.items())
+
     def drop_after(self, step: int) -> None:
         """Forget what came after `step`: a run that resumes there does it again."""
         if any(r["step"] > step for r in self.records):
@@ -109,7 +128,8 @@ class Results:
             self.save()
 
     def save(self) -> None:
-        write(self.path, json.dumps(self.records, indent=1) + "\n")
+        if self.writes:
+            write(self.path, json.dumps(self.records, indent=1) + "\n")
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -1,9 +1,9 @@
 """Time and memory of the loss beside PyPI `diffsort`, which the published implementation uses.
 
 One crop pair, forward and backward to the student's embeddings: cosine similarities to n references, teacher and
-student sorted at steepness 100, cross-entropy. Each case runs in its own process; the two of a network take turns, so
-that whatever else the machine does meets both. Memory is the growth of the process's peak (VmHWM) over what it held
-after imports, inputs and a first run on 64 rows.
+student sorted at the default steepness of the relaxation (cauchy: 100), cross-entropy. Each case runs in its own
+process; the two of a network take turns, so that whatever else the machine does meets both. Memory is the growth of
+the process's peak (VmHWM) over what it held after imports, inputs and a first run on 64 rows.
 
     python scripts/bench_loss.py --rows 3136 --n 49 --repeat 5
 """
@@ -17,21 +17,21 @@ import sys
 import time
 from pathlib import Path
 
-STEEPNESS = 100.0
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=49, help="references of a patch (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=3136, help="patches, images x n (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=256, help="channels (default: %(default)s)")
+    parser.add_argument("--relaxation", default="cauchy", help="relaxation of a comparator (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=5, help="repetitions of each case (default: %(default)s)")
     parser.add_argument("--case", nargs=2, metavar=("NETWORK", "WHO"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         return serve(args)
-    print(f"{args.rows} rows, n={args.n}, D={args.dim}, float32, {args.threads} threads, {args.repeat} repetitions")
+    print(f"{args.rows} rows, n={args.n}, D={args.dim}, {args.relaxation}, float32, {args.threads} threads, ", end="")
+    print(f"{args.repeat} repetitions")
     print("network   | neco s | diffsort s |         faster (min..max) | neco MB | diffsort MB | less | loss")
     for network in "bitonic", "odd_even":
         ours, theirs = take_turns(network, args)
@@ -74,11 +74,14 @@ def serve(args: argparse.Namespace) -> None:
     if who == "neco":
         from neco.loss.neco import NeCo
 
-        criterion = NeCo(network=network, student_steepness=STEEPNESS, teacher_steepness=STEEPNESS)
+        criterion = NeCo(network=network, relaxation=args.relaxation)
     else:
         from diffsort import DiffSortNet
 
-        sorter = DiffSortNet(network, args.n, steepness=STEEPNESS)
+        from neco.loss.relaxation import choose
+
+        steepness = choose(args.relaxation).steepness
+        sorter = DiffSortNet(network, args.n, steepness=steepness, distribution=args.relaxation)
 
     def step(student: torch.Tensor, teacher: torch.Tensor, references: torch.Tensor) -> float:
         if who == "neco":

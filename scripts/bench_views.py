@@ -71,7 +71,7 @@ def published(path: Path, views: Views, index: int) -> Any:
             if all(overlap(crop, other) > wanted for other in crops[:2]):
                 break
         crops.append(crop)
-        finished.append(FINISH(F.resized_crop(image, y, x, h, w, [size, size])))
+        finished.append(FINISH(F.resized_crop(image, y, x, h, w, list(size))))
     return finished, pair_boxes(torch.tensor([crops]), views.sizes, global_views=2)
 
 

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as neco.__main__ does, before torch is imported
 
+import csv
 import logging
 import subprocess
 import sys
@@ -90,6 +91,12 @@ SMALL = (  # a run of seconds: few small images, a small head, no evaluation
 )  # fmt: skip
 
 
+def losses(folder: Path, column: str = "loss") -> list[float]:
+    """A column of a run's metrics.csv."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [float(row[column]) for row in csv.DictReader(file)]
+
+
 @pytest.fixture
 def train(tmp_path: Path, cache: Path):
     """`train("key=value", ..., folder=...)` runs task=train in this process; returns the run folder."""
@@ -98,7 +105,9 @@ def train(tmp_path: Path, cache: Path):
         from neco.task import train as task
 
         output = tmp_path / folder
-        wanted = config.load(*SMALL, f"cache_dir={cache}", f"run_dir={output}", *overrides)
+        drawn = not any(override.startswith("dataset=") and override != "dataset=shapes" for override in overrides)
+        small = [override for override in SMALL if drawn or not override.startswith("dataset.")]
+        wanted = config.load(*small, f"cache_dir={cache}", f"run_dir={output}", *overrides)
         task.main(wanted, task.prepare(wanted), output)
         return output
 

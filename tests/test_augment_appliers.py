@@ -1,5 +1,7 @@
 """The pixels of views: the byte applier against PIL, the PIL applier against its own functions called by hand."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
@@ -37,12 +39,12 @@ def distance(ours: np.ndarray, pil: Image.Image) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize("image", [noise(), photo()], ids=["noise", "photo"])
-@pytest.mark.parametrize("size", [16, 98, 224, 518])
-def test_crop_is_within_a_level_of_pil(image: np.ndarray, size: int) -> None:
+@pytest.mark.parametrize("size", [(16, 16), (98, 98), (224, 224), (518, 518), (56, 140), (300, 20)])
+def test_crop_is_within_a_level_of_pil(image: np.ndarray, size: tuple[int, int]) -> None:
     rng, (height, width) = np.random.default_rng(2), image.shape[:2]
     for _ in range(10):
         (x1, x2), (y1, y2) = (np.sort(rng.choice(side + 1, 2, replace=False)) for side in (width, height))
-        pil = F.resized_crop(Image.fromarray(image), y1, x1, y2 - y1, x2 - x1, [size, size])
+        pil = F.resized_crop(Image.fromarray(image), y1, x1, y2 - y1, x2 - x1, list(size))
         assert distance(resized_crop(image, np.array([x1, y1, x2, y2]), size), pil)[0] <= 1
 
 
@@ -79,15 +81,16 @@ def test_jitter_follows_the_drawn_order() -> None:
     assert not np.array_equal(colour.jitter(image, np.array([3, 1, 2, 0]), factors), by_hand)
 
 
-def test_pil_applier_is_the_published_functions() -> None:
-    image, views = photo(), Views(global_size=56, local_size=28, applier="pil")
+@pytest.mark.parametrize("sizes", [(56, 28), ((42, 84), (28, 14))])
+def test_pil_applier_is_the_published_functions(sizes: tuple[Any, Any]) -> None:
+    image, views = photo(), Views(global_size=sizes[0], local_size=sizes[1], applier="pil")
     seen = set()
     for index in range(12):
         params = views.sample(view_rng(0, 0, index), *image.shape[:2])
         made = [view for group in views.apply(image, params) for view in group.permute(0, 2, 3, 1).numpy()]
-        for view, size in enumerate(views.sizes):
+        for view, (height, width) in enumerate(views.sizes):
             x1, y1, x2, y2 = params.crops[view]
-            pil = Image.fromarray(image).crop((x1, y1, x2, y2)).resize((size, size), Image.Resampling.BILINEAR)
+            pil = Image.fromarray(image).crop((x1, y1, x2, y2)).resize((width, height), Image.Resampling.BILINEAR)
             if params.jitter[view]:
                 for step in params.order[view]:
                     adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)[step]
@@ -101,15 +104,35 @@ def test_pil_applier_is_the_published_functions() -> None:
     assert len(seen) == 8  # every combination came up
 
 
-def test_appliers_agree() -> None:
+@pytest.mark.parametrize("sizes", [(112, 42), ((84, 140), (56, 28))])
+def test_appliers_agree(sizes: tuple[Any, Any]) -> None:
     image = photo()
-    sizes = {"global_size": 112, "local_size": 42}
-    fast, published = Views(**sizes), Views(**sizes, applier="pil")
+    fast, published = (
+        Views(global_size=sizes[0], local_size=sizes[1], applier=applier) for applier in ("uint8", "pil")
+    )
     for index in range(20):
         params = fast.sample(view_rng(3, 0, index), *image.shape[:2])
         for ours, theirs in zip(fast.apply(image, params), published.apply(image, params), strict=True):
             difference = (ours.int() - theirs.int()).abs().float()
             assert difference.max() <= 30 and difference.mean((1, 2, 3)).max() <= 1.5  # errors add up, then contrast
+        assert (fast.clean(image, params).int() - published.clean(image, params).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("applier", ["uint8", "pil"])
+@pytest.mark.parametrize("size", [56, (28, 70)])
+def test_clean_views_are_the_crops_of_the_global_ones_resized(applier: str, size: Any) -> None:
+    image = photo()
+    views = Views(global_size=size, local_size=28, applier=applier, teacher="clean")
+    for index in range(5):
+        params = views.sample(view_rng(0, 0, index), *image.shape[:2])
+        clean = views.clean(image, params)
+        assert clean.dtype == torch.uint8 and clean.shape == (2, 3, *views.sizes[0])
+        for view, crop in zip(clean.permute(0, 2, 3, 1).numpy(), params.crops, strict=False):
+            pil = Image.fromarray(image).crop(tuple(crop)).resize(views.sizes[0][::-1], Image.Resampling.BILINEAR)
+            assert distance(view, pil)[0] <= (0 if applier == "pil" else 1)
+        untouched = params._replace(jitter=params.jitter & False, grey=params.grey & False, sigma=0 * params.sigma)
+        assert torch.equal(clean, views.apply(image, untouched)[0])
+        assert not torch.equal(clean, views.apply(image, params)[0])
 
 
 @pytest.mark.parametrize("applier", ["uint8", "pil"])
@@ -133,11 +156,14 @@ def test_grey_views_have_three_equal_channels() -> None:
         assert torch.equal(group, group[:, :1].expand_as(group)) and group.float().std() > 1
 
 
-def test_views_show_the_place_that_the_boxes_name() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.7, 1.5])
+@pytest.mark.parametrize("sizes", [(128, 64), ((96, 160), (64, 112)), ((160, 96), (64, 64))])
+def test_views_show_the_place_that_the_boxes_name(sizes: tuple[Any, Any], scale: float) -> None:
     """Pixels that hold their own coordinates, cropped, patched and aligned: student and teacher cells agree."""
     side, patch = 256, 8
     image = np.stack([*np.meshgrid(np.arange(side), np.arange(side)), np.zeros((side, side))], axis=-1).astype(np.uint8)
-    views = Views(jitter_probability=0, grey_probability=0, blur_probability=0).resolve(patch, 128)
+    colourless = {"jitter_probability": 0, "grey_probability": 0, "blur_probability": 0}
+    views = Views(global_size=sizes[0], local_size=sizes[1], **colourless).resolve(patch, 128).scaled(scale)
     for index in range(10):
         params = views.sample(view_rng(0, 0, index), side, side)
         large, small = (
@@ -148,8 +174,13 @@ def test_views_show_the_place_that_the_boxes_name() -> None:
         boxes = pair_boxes(crops, views.sizes, 2)
         student, teacher = align_pairs(large, large, small, *boxes, patch=patch, grid=5)
         error = (student - teacher).abs()
-        # Rounding to levels; where a cell reaches a view's border, half a patch of that view (8 pixels) can be missing
-        assert error.mean() < 0.5 and error.max() < 8
+        # Rounding to levels; where a cell reaches a view's border, half a patch of that view can be missing
+        half_patch = max(
+            side / 2 / (pixels // patch)
+            for size, (x1, y1, x2, y2) in zip(views.sizes, params.crops, strict=True)
+            for side, pixels in zip((y2 - y1, x2 - x1), size, strict=True)
+        )
+        assert error.mean() < half_patch / 8 and error.max() <= half_patch + 1
 
 
 def test_normalise_is_to_tensor_and_normalize() -> None:

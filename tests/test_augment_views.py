@@ -4,6 +4,7 @@ import inspect
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from neco.augment.views import ViewParams, Views, centred_crop, overlap, random_crop, view_rng
+from neco.augment.views import ViewParams, Views, batch_scale, centred_crop, overlap, random_crop, view_rng
 from neco.errors import NecoError
 
 SIDE = st.integers(1, 3000)
+SIZE = st.integers(1, 60) | st.tuples(st.integers(1, 60), st.integers(1, 60))  # of a view
 
 
 def equal(a: ViewParams, b: ViewParams) -> bool:
@@ -47,6 +49,24 @@ def test_views_are_a_function_of_seed_epoch_and_index() -> None:
     assert equal(first, other.sample(view_rng(1, 2, 3), 480, 640))
     for key in (2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3), (3, 2, 1):
         assert not equal(first, views.sample(view_rng(*key), 480, 640))
+
+
+def test_views_stay_what_they_were() -> None:
+    """The first draw of a sample of the main recipe, as in every run so far."""
+    assert Views().sample(view_rng(400, 0, 7), 480, 640).crops.tolist() == [
+        [50, 80, 454, 410], [16, 0, 406, 446],
+        [318, 39, 544, 271], [68, 278, 247, 480], [389, 179, 627, 438], [3, 68, 259, 366],
+    ]  # fmt: skip
+
+
+def test_pixel_sizes_and_the_teachers_view_do_not_change_what_is_drawn() -> None:
+    first = Views().sample(view_rng(1, 2, 3), 480, 640)
+    for views in Views(teacher="clean"), Views(global_size=224, local_size=98), Views(multi_scale=(0.5, 2.0)):
+        assert equal(first, views.sample(view_rng(1, 2, 3), 480, 640))
+    wide = Views(global_size=(14, 42), local_size=(28, 14)).resolve(14, 518)
+    first = wide.sample(view_rng(1, 2, 3), 480, 640)
+    for factor in 0.4, 1.3:  # rounded to whole patches, sizes have another shape
+        assert equal(first, wide.scaled(factor).sample(view_rng(1, 2, 3), 480, 640))
 
 
 @pytest.mark.parametrize("size", [(480, 640), (300, 100)])
@@ -96,12 +116,18 @@ def test_strengths_scale_the_ranges() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(SIDE, SIDE, st.integers(1, 3), st.integers(0, 4), st.floats(0, 1), st.integers(0, 2**63))
+@given(SIDE, SIDE, st.integers(1, 3), st.integers(0, 4), SIZE, SIZE, st.floats(0, 1), st.integers(0, 2**63))
 def test_every_view_overlaps_the_global_views(
-    height: int, width: int, global_views: int, local_views: int, min_overlap: float, seed: int
+    height: int, width: int, global_views: int, local_views: int, large: Any, small: Any, min_overlap: float, seed: int
 ) -> None:
     local_views = max(local_views, 2 - global_views)
-    views = Views(global_views=global_views, local_views=local_views, min_overlap=min_overlap)
+    views = Views(
+        global_views=global_views,
+        local_views=local_views,
+        global_size=large,
+        local_size=small,
+        min_overlap=min_overlap,
+    )
     with warnings.catch_warnings(record=True) as fallen_back:
         warnings.simplefilter("always")
         crops = views.sample(view_rng(seed, 0, 0), height, width).crops
@@ -114,6 +140,29 @@ def test_every_view_overlaps_the_global_views(
             assert shared > 0  # no pair without a box, fallback or not
             wanted = min_overlap * height * width * (2 if view == 1 and global_views > 1 else 1)
             assert fallen_back or overlap(tuple(crop), tuple(crops[anchor])) > wanted
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(100, 2000), st.integers(100, 2000), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**63))
+@pytest.mark.filterwarnings("ignore:no crop of an image")
+def test_no_view_is_squashed_beyond_the_ratio(height: int, width: int, high: int, wide: int, seed: int) -> None:
+    views = Views(global_size=(14 * high, 14 * wide), local_size=(8 * wide, 8 * high))
+    for (view_height, view_width), (x1, y1, x2, y2) in zip(
+        views.sizes, views.sample(view_rng(seed, 0, 0), height, width).crops, strict=True
+    ):
+        least = (x2 - x1 - 0.5) / (y2 - y1 + 0.5) / (view_width / view_height)  # sides of a crop are rounded
+        most = (x2 - x1 + 0.5) / (y2 - y1 - 0.5) / (view_width / view_height)
+        assert least <= 4 / 3 + 1e-9 and most >= 3 / 4 - 1e-9
+
+
+def test_a_rectangular_view_is_a_square_one_of_the_stretched_image() -> None:
+    """Twice as wide as high: as if the image were twice as high and the view square."""
+    views = Views(global_size=(28, 56), local_size=(14, 28), min_overlap=0.0)
+    square = Views(min_overlap=0.0)
+    for index in range(100):
+        crops = views.sample(view_rng(0, 0, index), 400, 600).crops
+        stretched = square.sample(view_rng(0, 0, index), 800, 600).crops
+        assert np.abs(crops * [1, 2, 1, 2] - stretched).max() <= 3  # rounded to pixels, and those are two high
 
 
 def test_overlap_counts_shared_pixels() -> None:
@@ -132,7 +181,7 @@ def test_a_wish_that_cannot_be_met_ends_and_is_said_once(size: tuple[int, int]) 
     views = Views(min_overlap=1.0)
     with pytest.warns(UserWarning, match=f"{size[1]} x {size[0]} pixels"):
         params = views.sample(view_rng(0, 0, 0), *size)
-    assert tuple(params.crops[-1]) == centred_crop(*size, views.ratio)
+    assert tuple(params.crops[-1]) == centred_crop(*size, views.ratios[-1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         views.sample(view_rng(0, 0, 1), *size)
@@ -153,8 +202,32 @@ def test_open_sizes_follow_the_backbone(patch: int, size: int, sizes: tuple[int,
     views = Views(global_views=1, local_views=2)
     with pytest.raises(NecoError, match="resolve"):
         _ = views.sizes
-    assert views.resolve(patch, size).sizes == [sizes[0], sizes[1], sizes[1]]
+    assert views.resolve(patch, size).sizes == [(side, side) for side in (sizes[0], sizes[1], sizes[1])]
     assert views.global_size is None  # the configured views stay open
+
+
+def test_an_open_local_size_fits_into_the_shorter_side() -> None:
+    views = Views(global_views=1, local_views=1, global_size=(112, 518)).resolve(14, 518)
+    assert views.sizes == [(112, 518), (56, 56)]
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 8, 14]), st.floats(0.1, 4))
+def test_scaled_sizes_are_the_nearest_whole_patches(high: int, wide: int, patch: int, factor: float) -> None:
+    views = Views(global_views=2, local_views=0, global_size=(patch * high, patch * wide)).resolve(patch, 518)
+    assert views.scaled(1.0).sizes == views.sizes
+    for wanted, side in zip((high, wide), views.scaled(factor).sizes[0], strict=True):
+        patches = range(1, 200)
+        assert side % patch == 0
+        assert abs(side / patch - wanted * factor) == min(abs(n - wanted * factor) for n in patches)
+
+
+def test_scale_of_a_batch_is_a_function_of_seed_and_number() -> None:
+    scales = 0.75, 1.0, 1.25
+    drawn = [batch_scale(7, batch, scales) for batch in range(3000)]
+    assert drawn == [batch_scale(7, batch, scales) for batch in range(3000)]
+    assert drawn != [batch_scale(8, batch, scales) for batch in range(3000)]
+    assert all(abs(drawn.count(scale) - 1000) < 5 * math.sqrt(3000 * 2 / 9) for scale in scales)
+    assert abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -163,11 +236,18 @@ def test_open_sizes_follow_the_backbone(patch: int, size: int, sizes: tuple[int,
         ({"global_size": 500}, "global_size=500 .* 490 or 504"),
         ({"local_size": 96}, "local_size=96 .* 84 or 98"),
         ({"local_size": 10}, "local_size=10 .* take 14"),
+        ({"global_size": (100, 224)}, r"global_size=\[100, 224\] .* take \[98 or 112, 224\]"),
+        ({"local_size": (28, 13)}, r"local_size=\[28, 13\] .* take \[28, 14\]"),
     ],
 )
-def test_size_of_broken_patches_is_refused(options: dict[str, int], message: str) -> None:
+def test_size_of_broken_patches_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(NecoError, match=message):
         Views(**options).resolve(14, 518)
+
+
+def test_published_local_size_does_not_fit_patch_16() -> None:
+    with pytest.raises(NecoError, match=r"local_size=98 .* 16 pixels: take 96 or 112"):
+        Views(local_size=98).resolve(16, 224)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,25 @@ def test_build_names_what_is_wrong(values, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+class Child(Target):
+    def __init__(self, *, name: str, **common: Any) -> None:
+        super().__init__(**common)
+
+
+class Closed(Child):
+    def __init__(self, *, depth: int = 1) -> None:
+        super().__init__(name="closed")
+
+
+def test_keywords_of_a_constructor_are_those_of_its_base_class():
+    assert list(config.parameters(Child)) == ["name", "steepness", "k", "width"]
+    assert list(config.parameters(Closed)) == ["depth"]
+    assert config.build({"_target_": f"{__name__}.Child", "name": "x", "width": 3}, "x").values == (1.0, None, 3)
+    for values, words in (({"widht": 3}, "did you mean 'width'"), ({"width": 0}, "greater than or equal to 1")):
+        with pytest.raises(NecoError, match=words):
+            config.build({"_target_": f"{__name__}.Child", "name": "x", **values}, "x")
+
+
 def test_missing_required_key():
     def needs(*, name: str) -> None: ...
 
@@ -65,13 +85,36 @@ WRONG = [
     (["task=eval", "optim.lr=1"], ["optim"]),
     (["eval.linear.k=3"], ["linear", "not selected"]),
     (["augment.global_size=65"], ["augment", "65", "64 or 72"]),
+    (["augment.global_size=[64,65]"], ["augment", "[64, 65]", "[64, 64 or 72]"]),
+    (["augment.local_size=[16]"], ["augment.local_size=[16]"]),
+    (["augment.multi_scale=[]"], ["augment.multi_scale=[]", "at least 1"]),
+    (["augment.teacher=dirty"], ["augment.teacher='dirty'", "'augmented' or 'clean'"]),
     (["train.batch_size=10", "train.accumulate=3"], ["batch_size=10", "accumulate=3"]),
     (["dataset=coco"], ["coco", "train2017", "dataset.root"]),
     (["dataset=folder", "dataset.root=nowhere"], ["nowhere"]),
+    (["dataset.max_bad=2"], ["dataset.max_bad=2", "less than or equal to 1", "command line"]),
+    (["dataset=mix"], ["parts", "{coco:1,folder:0.5}"]),
+    (["dataset=mix", "dataset.parts=coco:1"], ["dataset.parts='coco:1'", "quoted for the shell"]),
+    (["dataset=mix", "dataset.parts={shaps:1}"], ["dataset.parts.shaps", "did you mean 'shapes'"]),
+    (["dataset=mix", "dataset.parts={shapes:0}"], ["dataset.parts.shapes.weight=0", "greater than 0"]),
+    (["dataset=mix", "dataset.parts={coco:1,b:{option:folder,rot:x}}"], ["dataset.parts.b.rot", "did you mean 'root'"]),
+    (
+        ["dataset=mix", "dataset.parts={coco:1}"],
+        ["part coco", "train2017", "dataset.parts={coco:{weight:1,root:FOLDER},...}"],
+    ),
+    (
+        ["dataset.train=2", "dataset.val=2", "dataset@val_dataset=mix", "val_dataset.parts={shapes:1}"],
+        ["mix has no labels"],
+    ),
     (["val_dataset=camvid"], ["val_dataset", "dataset@val_dataset=NAME"]),
     (["task=eval", "checkpoint=nothing.ckpt"], ["nothing.ckpt", "no such file"]),
     (["task=eval", "weights=teacher"], ["weights=teacher", "checkpoint="]),
     (["task=eval", "eval=[]"], ["eval=[]"]),
+    (["train.blocks=5"], ["train.blocks=5", "more than there are, 4", "command line (train.blocks=5)"]),
+    (["train.blocks=some"], ["train.blocks='some'", "'all'"]),
+    (["train.lora_rank=97"], ["train.lora_rank=97", "96"]),
+    (["train.lora_rank=4", "train.blocks=0"], ["train.lora_rank=4", "train.blocks=0 leaves no block"]),
+    (["optim.layer_decay=0"], ["optim.layer_decay=0", "greater than 0"]),
     (["train.resume=nothing.ckpt"], ["nothing.ckpt"]),
     (["model.name=vit_smal_patch14_dinov2"], ["vit_smal_patch14_dinov2", "did you mean"]),
     (["device=cuda"], ["device=cuda"]),
@@ -100,7 +143,7 @@ def test_help_is_quick_and_names_every_option(neco):
     start = time.monotonic()
     done = neco("--help", ok=True)
     assert time.monotonic() - start < 10  # under 2 s on an idle machine; this only catches an import of torch
-    for path in CONF.glob("*/*.yaml"):
+    for path in CONF.glob("*/[!_]*.yaml"):
         assert path.stem in done.stdout, path
     assert done.stdout.count("python -m neco ") >= 3
 
@@ -120,13 +163,15 @@ def test_every_option_says_what_it_is():
         assert lines[0].startswith("# ") and len(lines[0]) > 12, path
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/[!_]*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_option_fits_its_constructor(path):
     node = yaml.safe_load(path.read_text()) or {}
     if "_target_" not in node:
         pytest.skip("holds no single object")
     target = config.locate(node["_target_"])
-    values = {key: value for key, value in node.items() if key != "_target_" and "${" not in str(value)}
+    values = {
+        key: value for key, value in node.items() if key not in ("_target_", "defaults") and "${" not in str(value)
+    }
     runtime = [key for key in ("folder", "step", "device", "root") if key not in values]
     assert config.check(target, values, path.stem, runtime).keys() == values.keys()
 

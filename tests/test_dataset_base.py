@@ -1,10 +1,19 @@
 import io
+import struct
+import tracemalloc
+import warnings
+import zlib
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageOps
 
-from neco.dataset.base import Dataset, Sample, list_images, pair_samples, read_image, read_label
+from neco.augment.views import Views, view_rng
+from neco.dataset.base import Dataset, Sample, list_images, pair_samples, read_image, read_label, stored_size
 from neco.errors import NecoError
 
 
@@ -29,6 +38,7 @@ CONVERTED = {
     "grey": (Image.fromarray(GREY), np.stack([GREY] * 3, 2)),
     "alpha": (Image.fromarray(np.dstack([RGB, np.zeros_like(GREY)])), RGB),
     "grey with alpha": (Image.fromarray(np.dstack([GREY, GREY]), "LA"), np.stack([GREY] * 3, 2)),
+    "grey, transparent": (Image.fromarray(GREY), np.stack([GREY] * 3, 2), {"transparency": 7}),
     "16 bit": (Image.fromarray(WIDE), np.stack([GREY] * 3, 2)),
     "1 bit": (Image.fromarray(GREY > 127), np.stack([(GREY > 127) * np.uint8(255)] * 3, 2)),
 }
@@ -36,8 +46,8 @@ CONVERTED = {
 
 @pytest.mark.parametrize("kind", CONVERTED)
 def test_every_png_becomes_rgb(tmp_path, kind):
-    image, wanted = CONVERTED[kind]
-    got = read_image(save(tmp_path / "x.png", image))
+    image, wanted, *options = CONVERTED[kind]
+    got = read_image(save(tmp_path / "x.png", image, **(options or [{}])[0]))
     assert got.dtype == np.uint8
     np.testing.assert_array_equal(got, wanted)
 
@@ -45,10 +55,133 @@ def test_every_png_becomes_rgb(tmp_path, kind):
 def test_palette_and_cmyk(tmp_path):
     palette = Image.fromarray(GREY % 2)
     palette.putpalette([10, 20, 30, 40, 50, 60])
-    got = read_image(save(tmp_path / "x.png", palette))
-    np.testing.assert_array_equal(got, np.array([[10, 20, 30], [40, 50, 60]], np.uint8)[GREY % 2])
+    for options in ({}, {"transparency": 0}, {"transparency": b"\x00\x80"}):
+        with warnings.catch_warnings(action="error"):
+            got = read_image(save(tmp_path / "x.png", palette, **options))
+        np.testing.assert_array_equal(got, np.array([[10, 20, 30], [40, 50, 60]], np.uint8)[GREY % 2])
     flat = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # red
-    assert abs(read_image(save(tmp_path / "x.jpg", flat)).astype(int) - [255, 0, 0]).max() < 12
+    path = save(tmp_path / "x.jpg", flat)
+    assert b"Adobe" in Path(path).read_bytes(), "stored inverted, and says so"
+    assert abs(read_image(path).astype(int) - [255, 0, 0]).max() < 12
+
+
+LOSSLESS = {".png": {}, ".webp": {"lossless": True}, ".bmp": {}, ".tif": {}, ".TIFF": {"compression": "tiff_lzw"}}
+
+
+@pytest.mark.parametrize("suffix", LOSSLESS)
+def test_every_format_is_listed_and_read(tmp_path, suffix):
+    save(tmp_path / f"x{suffix}", Image.fromarray(RGB), **LOSSLESS[suffix])
+    ((key, path),) = list_images(tmp_path).items()
+    assert key == f"x{suffix}"
+    np.testing.assert_array_equal(read_image(path), RGB)
+
+
+def test_16_bit_colour_and_grey(tmp_path):
+    wide = (RGB.astype(np.uint16) << 8) + 255
+    assert cv2.imwrite(str(tmp_path / "x.png"), wide[..., ::-1])
+    np.testing.assert_array_equal(read_image(str(tmp_path / "x.png")), RGB)
+    np.testing.assert_array_equal(read_image(save(tmp_path / "x.tif", Image.fromarray(WIDE)))[..., 1], GREY)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_the_first_frame_of_an_animation_is_taken(tmp_path, suffix):
+    frames = [Image.new("RGB", (9, 5), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    options = {"lossless": True} if suffix == ".webp" else {}
+    path = save(tmp_path / f"x{suffix}", frames[0], save_all=True, append_images=frames[1:], **options)
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+    np.testing.assert_array_equal(read_image(path), np.asarray(frames[0]))
+
+
+def test_the_content_says_the_format_not_the_name(tmp_path):
+    path = save(tmp_path / "x.png", Image.fromarray(RGB))
+    np.testing.assert_array_equal(read_image(str(Path(path).rename(tmp_path / "x.jpg"))), RGB)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_images_are_turned_as_their_exif_says(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = save(tmp_path / f"x{suffix}", Image.fromarray(RGB), exif=exif)
+    with Image.open(path) as image:
+        wanted = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert wanted.shape == ((5, 7, 3) if orientation < 5 else (7, 5, 3))
+    np.testing.assert_array_equal(read_image(path), wanted)
+
+
+def test_broken_exif_does_not_spoil_an_image(tmp_path):
+    plain = read_image(save(tmp_path / "x.jpg", Image.fromarray(RGB)))
+    for exif in (
+        b"Exif\0\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x09zzzz",
+    ):
+        with warnings.catch_warnings(action="ignore"):
+            got = read_image(save(tmp_path / "x.jpg", Image.fromarray(RGB), exif=exif))
+        np.testing.assert_array_equal(got, plain)
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 3), (300, 1, 3), (1, 1, 3)])
+def test_thin_images_give_views(tmp_path, shape):
+    image = read_image(save(tmp_path / "x.png", Image.fromarray(np.full(shape, 7, np.uint8))))
+    assert image.shape == shape
+    views = Views(global_size=16, local_size=8, jitter_strength=0, grey_probability=0, blur_probability=0)
+    with warnings.catch_warnings(action="ignore"):
+        params = views.sample(view_rng(0, 0, 0), *image.shape[:2])
+    for applied in views.apply(image, params):
+        assert applied.shape[1] == 3 and (applied == 7).all()
+
+
+def png_of(width, height):
+    """A PNG that says it is so large, with pixels for next to nothing of it."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+
+
+def test_a_bomb_is_refused_by_its_header_and_the_largest_photographs_are_not(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(png_of(16320, 12240))  # 200 megapixels, from a phone
+    with warnings.catch_warnings(action="error"):
+        assert stored_size(str(path)) == (16320, 12240)
+    path.write_bytes(png_of(16385, 16384))
+    tracemalloc.start()
+    with (
+        pytest.raises(NecoError, match=r"x.png .* 16385 x 16384 pixels are more than 268 million"),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        read_image(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_pixels_without_a_range_are_refused(tmp_path):
+    path = save(tmp_path / "x.tif", Image.fromarray(GREY.astype(np.float32)))
+    with pytest.raises(NecoError, match=r"x.tif.*floating-point"):
+        read_image(path)
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP"]), st.data())
+def test_damaged_files_are_images_or_one_error(tmp_path, kind, data):
+    whole = io.BytesIO()
+    Image.fromarray(np.tile(RGB, (4, 4, 1))).save(whole, kind)
+    content = bytearray(whole.getvalue())
+    for place, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=9)
+    ):
+        content[place] = value
+    (tmp_path / "x.jpg").write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        image = read_image(str(tmp_path / "x.jpg"))
+    except NecoError as error:
+        assert "x.jpg" in str(error) and "0x" not in str(error)
+    else:
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
 
 
 def test_unreadable_files_are_named(tmp_path):

@@ -13,7 +13,7 @@ import torchvision.transforms as T
 from eval_support import Conv, Files, Noise, noisy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from neco.errors import NecoError
 from neco.eval import base
@@ -213,6 +213,22 @@ def test_a_mask_of_another_size_is_an_error(tmp_path: Path) -> None:
     dataset = Files(tmp_path, 2, val=[(np.zeros((20, 30, 3)), np.zeros((20, 31)))])
     with pytest.raises(NecoError, match=r"\(30, 20\).*\(31, 20\)"):
         run(Extract(workers=0), Noise(8), dataset)
+
+
+def test_an_image_that_exif_turns_away_from_its_mask_is_an_error(tmp_path: Path) -> None:
+    dataset = Files(tmp_path, 4, val=[noisy(np.random.default_rng(0), 45, 60, 4)])
+    (sample,) = dataset.samples("val")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    Image.open(sample.image).save(sample.image, exif=exif)
+    run(Extract(workers=0), Pixels(), dataset)  # upside down, of the same size: cannot be told
+    exif[ExifTags.Base.Orientation] = 6
+    Image.open(sample.image).save(sample.image, exif=exif)
+    wanted = rf"{sample.image} is \(45, 60\) .* {sample.mask} is \(60, 45\); only the image was turned, by its EXIF"
+    with pytest.raises(NecoError, match=wanted):
+        run(Extract(workers=2), Pixels(), dataset)
+    with pytest.raises(NecoError, match=wanted):
+        Extract(workers=0)(Pixels(), dataset, [sample], 32)
 
 
 def test_unusable_features_are_named(dataset: Files) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from neco.loss.neco import NeCo, similarities
+from neco.loss.relaxation import RELAXATIONS
 from neco.loss.sorting import soft_sort
 from neco.training.references import deal
 
@@ -29,7 +30,7 @@ def slow(loss: NeCo, student: Tensor, teacher: Tensor, references: Tensor, mask:
             near = torch.stack([patch @ r / patch.norm() / r.norm() for r in image])
         else:
             near = -torch.stack([(patch - r).norm() for r in image])
-        return soft_sort(near, loss.network, steepness)[1]
+        return soft_sort(near, loss.network, steepness, loss.relaxation)[1]
 
     pairs = []
     for pair in range(P):
@@ -49,7 +50,31 @@ def slow(loss: NeCo, student: Tensor, teacher: Tensor, references: Tensor, mask:
 @pytest.mark.parametrize("similarity", ("cosine", "euclidean"))
 @pytest.mark.parametrize("masked", (False, True))
 def test_against_loops(network: str, similarity: str, masked: bool) -> None:
-    loss = NeCo(network=network, similarity=similarity, student_steepness=20.0, teacher_steepness=50.0)
+    check_loops(NeCo(network=network, similarity=similarity, student_steepness=20.0, teacher_steepness=50.0), masked)
+
+
+@pytest.mark.parametrize(
+    ("name", "art_lambda"),
+    [("logistic", None), ("logistic_phi", None), ("logistic_phi", 0.5), ("gaussian", None), ("reciprocal", None),
+     ("optimal", None)],
+)  # fmt: skip
+def test_relaxations_against_loops(name: str, art_lambda: float | None) -> None:
+    check_loops(
+        NeCo(relaxation=name, art_lambda=art_lambda, student_steepness=3.0, teacher_steepness=2.0), masked=False
+    )
+
+
+@pytest.mark.parametrize("name", RELAXATIONS)
+def test_null_is_the_steepness_of_the_relaxation(name: str) -> None:
+    loss = NeCo(relaxation=name)
+    assert loss.student_steepness == loss.teacher_steepness == RELAXATIONS[name].steepness
+    value = loss(*inputs())[0]
+    assert torch.equal(NeCo(relaxation=name, student_steepness=loss.student_steepness)(*inputs())[0], value)
+    assert not torch.equal(NeCo(relaxation=name, student_steepness=1.0)(*inputs())[0], value)
+    assert not torch.equal(NeCo(relaxation=name, teacher_steepness=1.0)(*inputs())[0], value)
+
+
+def check_loops(loss: NeCo, masked: bool) -> None:
     student, teacher, references = inputs()
     student.requires_grad_()
     mask = torch.ones(P, B, N, dtype=torch.bool)

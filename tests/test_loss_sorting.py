@@ -9,14 +9,27 @@ from diffsort import DiffSortNet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from neco.errors import NecoError
 from neco.loss import sorting
+from neco.loss.relaxation import CAUCHY, RELAXATIONS, Relaxation, choose
 from neco.loss.sorting import comparators, soft_sort, sort_cross_entropy
 
 NETWORKS = ("bitonic", "odd_even")
 SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64)
 both = pytest.mark.parametrize("network", NETWORKS)
+each = pytest.mark.parametrize("name", RELAXATIONS)
+# At which `diffsort` is exact too: with exponential tails its 1 - alpha soon loses the small shares, and the gradient
+# of its gaussian rounds 1 / steepness to float32.
+TOGETHER = {
+    "cauchy": 100.0,
+    "logistic": 4.0,
+    "logistic_phi": 4.0,
+    "gaussian": 2.0,
+    "reciprocal": 280.0,
+    "optimal": 20.0,
+}
 
 
 def values(rows: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -27,8 +40,10 @@ def values(rows: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64)
     return x.to(dtype)
 
 
-def plain_loss(x: Tensor, y: Tensor, network: str, student: float, teacher: float) -> tuple[Tensor, Tensor]:
-    p, q = soft_sort(x, network, student)[1], soft_sort(y, network, teacher)[1]
+def plain_loss(
+    x: Tensor, y: Tensor, network: str, student: float, teacher: float, relaxation: Relaxation = CAUCHY
+) -> tuple[Tensor, Tensor]:
+    p, q = (soft_sort(v, network, s, relaxation)[1] for v, s in ((x, student), (y, teacher)))
     return -(q * p.log()).sum(2).mean(1), -(q * q.log()).sum(2).mean(1)
 
 
@@ -36,26 +51,139 @@ def close(a: Tensor, b: Tensor, relative: float) -> bool:
     return bool((a - b).norm() <= relative * b.norm())
 
 
+def close_rows(a: Tensor, b: Tensor, relative: float) -> bool:
+    return all(close(*pair, relative) for pair in zip(a, b, strict=True))
+
+
 @both
-@pytest.mark.parametrize("n", SIZES)
-def test_equal_to_diffsort(network: str, n: int) -> None:
-    x, y = values(5, n).requires_grad_(), values(5, n, seed=1)
-    oracle = DiffSortNet(network, n, steepness=100.0)
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [("cauchy", n) for n in SIZES] + [(name, n) for name in [*RELAXATIONS][1:] for n in (4, 5, 16, 31, 49, 64)],
+)
+def test_equal_to_diffsort(network: str, name: str, n: int) -> None:
+    x, y, relaxation, steepness = values(5, n).requires_grad_(), values(5, n, 1).flip(0), choose(name), TOGETHER[name]
+    oracle = DiffSortNet(network, n, steepness=steepness, distribution=name)
     (sorted_x, p), (_, q) = oracle(x), oracle(y)
-    ours, permutations = soft_sort(x, network, 100.0)
+    ours, permutations = soft_sort(x, network, steepness, relaxation)
     assert (p - permutations).abs().max() < 1e-12 and (sorted_x - ours).abs().max() < 1e-12
     weight = values(5, n * n, seed=2).view(5, n, n)
     (expected,) = torch.autograd.grad((p * weight).sum() + sorted_x.square().sum(), x, retain_graph=True)
     (gradient,) = torch.autograd.grad((permutations * weight).sum() + ours.square().sum(), x)
-    assert close(gradient, expected, 1e-10)
+    assert close_rows(gradient, expected, 1e-10)
 
-    loss, per_row = -(q * p.log()).sum(2).mean(1), torch.arange(5.0)
-    fused, entropy = sort_cross_entropy(x, y, network, 100.0, 100.0)
+    loss, per_row = -(q * p.log()).sum(2).mean(1), torch.arange(1.0, 6.0)
+    fused, entropy = sort_cross_entropy(x, y, network, steepness, steepness, relaxation)
     assert (fused - loss).abs().max() < 1e-12
     assert (entropy + (q * q.log()).sum(2).mean(1)).abs().max() < 1e-12
     (expected,) = torch.autograd.grad((loss * per_row).sum(), x)
     (gradient,) = torch.autograd.grad((fused * per_row).sum(), x)
-    assert close(gradient, expected, 1e-10)
+    assert close_rows(gradient, expected, 1e-10) and expected[1:].any(1).all()
+
+    p = DiffSortNet(network, n, steepness=relaxation.steepness, distribution=name)(x)[1]
+    assert (p - soft_sort(x, network, relaxation=relaxation)[1]).abs().max() < 1e-12
+
+
+@both
+@each
+def test_student_and_teacher_have_their_own_steepness(network: str, name: str) -> None:
+    x, y = values(40, 9)[1:].requires_grad_(), values(40, 9, seed=1)[1:]
+    loss, entropy = sort_cross_entropy(x, y, network, 5.0, 3.0, RELAXATIONS[name])
+    expected, floor = plain_loss(x, y, network, 5.0, 3.0, RELAXATIONS[name])
+    assert torch.allclose(loss, expected, rtol=1e-12) and torch.allclose(entropy, floor, rtol=1e-12)
+    assert close_rows(*(torch.autograd.grad(v.sum(), x)[0] for v in (loss, expected)), 1e-10)
+
+
+@both
+@pytest.mark.parametrize("art_lambda", (0.0, 0.1, 0.6))
+def test_other_lambda(network: str, art_lambda: float) -> None:
+    x, y, relaxation = values(5, 9).requires_grad_(), values(5, 9, 1).flip(0), choose("logistic_phi", art_lambda)
+    oracle = DiffSortNet(network, 9, steepness=4.0, distribution="logistic_phi", art_lambda=art_lambda)
+    expected = -(oracle(y)[1] * oracle(x)[1].log()).sum(2).mean(1)
+    loss, _ = sort_cross_entropy(x, y, network, 4.0, 4.0, relaxation)
+    assert torch.allclose(loss, expected, rtol=1e-12)
+    assert close_rows(*(torch.autograd.grad(v.sum(), x)[0] for v in (loss, expected)), 1e-10)
+    if not art_lambda:
+        assert torch.equal(loss, sort_cross_entropy(x, y, network, 4.0, 4.0, RELAXATIONS["logistic"])[0])
+
+
+LOGARITHMS = {
+    "logistic": lambda d, s: F.logsigmoid(-s * d),
+    "logistic_phi": lambda d, s: F.logsigmoid(-s * d / (d.abs() + 1e-10) ** 0.25),
+    "gaussian": lambda d, s: torch.special.log_ndtr(-s * d),
+}
+
+
+def log_permutations(x: Tensor, network: str, steepness: float, name: str) -> Tensor:
+    """log P of rows x, one comparator after the other, in logarithms throughout."""
+    n, log_share = x.shape[1], LOGARITHMS[name]
+    wires = [*x.unbind(1)]
+    log_p = [*torch.eye(n, dtype=x.dtype).log().clamp_min(-1e9)[:, :, None].expand(n, n, len(x))]
+    for block in comparators(network, n):
+        a, b = (side.flatten().tolist() for side in block.sides(torch.arange(n)[:, None, None]))
+        for at, (i, j) in enumerate(zip(a, b, strict=True)):
+            d = block.signs[at // (block.size // block.blocks)] * (wires[j] - wires[i])
+            share, rest = log_share(d, steepness), log_share(-d, steepness)
+            wires[i], wires[j] = (
+                u * wires[i] + v * wires[j] for u, v in ((rest.exp(), share.exp()), (share.exp(), rest.exp()))
+            )
+            log_p[i], log_p[j] = (
+                torch.logaddexp(rest + log_p[i], share + log_p[j]),
+                torch.logaddexp(share + log_p[i], rest + log_p[j]),
+            )
+    return torch.stack(log_p, 2).permute(1, 0, 2)
+
+
+@both
+@pytest.mark.parametrize(("name", "steepness"), [("logistic", 200.0), ("logistic_phi", 200.0), ("gaussian", 20.0)])
+def test_exponential_tails_lose_nothing(network: str, name: str, steepness: float) -> None:
+    """Entries of P below 1e-100, and the little that shares near 1 leave."""
+    x, y = values(8, 17)[3:].requires_grad_(), values(5, 17, seed=1)
+    log_p, log_q = (log_permutations(v, network, steepness, name) for v in (x, y))
+    expected = -(log_q.exp() * log_p).sum(2).mean(1)
+    loss, _ = sort_cross_entropy(x, y, network, steepness, steepness, RELAXATIONS[name])
+    assert log_p.exp().min() < 1e-100 and torch.allclose(loss, expected, rtol=1e-10)
+    assert close_rows(*(torch.autograd.grad(v.sum(), x)[0] for v in (loss, expected)), 1e-11)
+
+
+USABLE = {  # lowest and highest steepness, bitonic and odd_even: docs/relaxations.md
+    "cauchy": ((40.0, 1e6), (40.0, 1e6)),
+    "reciprocal": ((80.0, 1e6), (100.0, 1e6)),
+    "optimal": ((10.0, 1e6), (8.0, 1e6)),
+    "logistic": ((32.0, 1200.0), (25.0, 1200.0)),
+    "logistic_phi": ((16.0, 1000.0), (16.0, 1000.0)),
+    "gaussian": ((20.0, 120.0), (16.0, 120.0)),
+}
+
+
+def similarities(spread: float, rows: int = 16, n: int = 49) -> tuple[Tensor, Tensor]:
+    """Like the cosines of a student and a teacher to their references: correlation 0.8."""
+    common, own = torch.randn(2, rows, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * spread
+    return (0.4 + 0.8 * common + 0.6 * own).float(), (0.4 + common).float()
+
+
+@both
+@each
+@pytest.mark.parametrize("spread", (0.05, 0.3))
+def test_usable(network: str, name: str, spread: float) -> None:
+    """At the default and the ends of its range a relaxation says something of the order, and rows have a gradient."""
+    x, y = similarities(spread)
+    for steepness in (RELAXATIONS[name].steepness, *USABLE[name][NETWORKS.index(network)]):
+        x = x.detach().requires_grad_()
+        loss, entropy = sort_cross_entropy(x, y, network, steepness, steepness, RELAXATIONS[name])
+        loss.sum().backward()
+        assert loss.isfinite().all() and x.grad.isfinite().all()
+        assert (x.grad.abs().amax(1) >= torch.finfo(torch.float32).tiny).float().mean() >= 0.5
+        tied, _ = sort_cross_entropy(torch.zeros_like(y), y, network, steepness, steepness, RELAXATIONS[name])
+        assert (tied - entropy).mean() > 0.01 * math.log(49) and entropy.mean() < math.log(49)
+        p, q = soft_sort(torch.cat([x.detach(), y]).double(), network, steepness, RELAXATIONS[name])[1].chunk(2)
+        assert q[p < torch.finfo(torch.float64).tiny].sum() < 0.01 * q.sum()
+
+
+@each
+def test_defaults_are_equally_sharp(name: str) -> None:
+    _, y = similarities(0.1)
+    entropies = [sort_cross_entropy(y, y, relaxation=relaxation)[1].mean() for relaxation in (choose(name), CAUCHY)]
+    assert abs(entropies[0] - entropies[1]) < 0.1
 
 
 @both
@@ -133,24 +261,28 @@ def test_chunks_and_threads_change_nothing(
 
 
 @both
-@pytest.mark.parametrize("steepness", (1.0, 10.0, 100.0, 1000.0))
+@each
+@pytest.mark.parametrize("steepness", (1.0, 10.0, 100.0, 1000.0, None))
 @pytest.mark.parametrize("spread", (1e-3, 0.2, 1.0))
-def test_float32(network: str, steepness: float, spread: float) -> None:
+def test_float32(network: str, name: str, steepness: float | None, spread: float) -> None:
     """The loss to 1e-4 relative of float64; it and its gradient finite, ties and exact zeros of P included."""
-    exact = (values(64, 49) * spread, values(64, 49, seed=1) * spread)
+    relaxation = RELAXATIONS[name]
+    steepness = steepness or relaxation.float32.get(network, 1e4)  # None: the steepest that is computed in float32
+    exact = (values(16, 49) * spread, values(16, 49, seed=1) * spread)
     x, y = (v.float().requires_grad_() for v in exact)
-    loss, entropy = sort_cross_entropy(x, y, network, steepness, steepness)
+    loss, entropy = sort_cross_entropy(x, y, network, steepness, steepness, relaxation)
     loss.sum().backward()
-    expected, floor = sort_cross_entropy(*exact, network, steepness, steepness)
+    expected, floor = sort_cross_entropy(*exact, network, steepness, steepness, relaxation)
     assert torch.allclose(loss.mean().double(), expected.mean(), rtol=1e-4)
     assert torch.allclose(entropy.mean().double(), floor.mean(), rtol=1e-4)
     assert loss.isfinite().all() and entropy.isfinite().all() and x.grad.isfinite().all() and x.grad.any()
 
 
 @both
-def test_a_million_steep_is_still_finite(network: str) -> None:
-    x, y = values(64, 49).float().requires_grad_(), values(64, 49, seed=1).float()
-    loss, entropy = sort_cross_entropy(x, y, network, 1e6, 1e6)
+@each
+def test_a_million_steep_is_still_finite(network: str, name: str) -> None:
+    x, y = values(16, 49).float().requires_grad_(), values(16, 49, seed=1).float()
+    loss, entropy = sort_cross_entropy(x, y, network, 1e6, 1e6, RELAXATIONS[name])
     loss.sum().backward()
     assert loss.isfinite().all() and entropy.isfinite().all() and x.grad.isfinite().all()
 

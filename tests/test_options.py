@@ -5,24 +5,19 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import CONF
+from conftest import CONF, losses
 
 from neco import config
 from neco.config import locate
+from neco.errors import NecoError
 
 
 def options(group: str) -> list[str]:
-    return sorted(path.stem for path in CONF.glob(f"{group}/*.yaml"))
-
-
-def losses(folder) -> list[float]:
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    column = lines[0].split(",").index("loss")
-    return [float(line.split(",")[column]) for line in lines[1:]]
+    return sorted(path.stem for path in CONF.glob(f"{group}/[!_]*.yaml"))
 
 
 def test_groups_and_packages_are_the_same_tree():
-    for path in CONF.glob("*/*.yaml"):
+    for path in CONF.glob("*/[!_]*.yaml"):
         group, node = path.parent.name, yaml.safe_load(path.read_text()) or {}
         if "_target_" not in node:
             assert group in ("task", "experiment"), f"{path} names no class"
@@ -39,6 +34,18 @@ def test_loss_trains(train, name):
     folder = train(f"loss={name}", "loss.grid=3", "train.steps=2")
     found = losses(folder)
     assert len(found) == 2 and all(torch.isfinite(torch.tensor(found)))
+
+
+@pytest.mark.parametrize("name", ("logistic", "logistic_phi", "gaussian", "reciprocal", "optimal"))
+def test_relaxation_trains(train, name):
+    extra = ["loss.art_lambda=0.5"] if name == "logistic_phi" else ["loss.teacher_steepness=20"]
+    found = losses(train(f"loss.relaxation={name}", *extra, "train.steps=2"))
+    assert len(found) == 2 and all(torch.isfinite(torch.tensor(found)))
+
+
+def test_lambda_of_another_relaxation_is_refused():
+    with pytest.raises(NecoError, match=r"loss: art_lambda=0\.5 belongs to relaxation=logistic_phi"):
+        config.load("loss.art_lambda=0.5")
 
 
 @pytest.mark.parametrize("name", options("loss"))
@@ -85,6 +92,17 @@ def test_logger_records_a_run(train, name, tmp_path):
         assert (folder / "wandb_id.txt").read_text().encode() in data
 
 
+@pytest.mark.parametrize("group", ["dataset", "val_dataset"])
+@pytest.mark.parametrize("name", options("dataset"))
+def test_data_sets_take_the_common_keys(name, group):
+    chosen = "dataset" if group == "dataset" else "dataset@val_dataset"
+    wanted = [f"{chosen}={name}", *([f"{group}.parts={{shapes:1}}"] if name == "mix" else [])]
+    dataset = config.load(*wanted, f"{group}.max_bad=0.05", f"{group}.weight=0.5").build(group)
+    assert (dataset.max_bad, dataset.weight) == (0.05, 0.5)
+    with pytest.raises(NecoError, match=rf"{group}\.max_bda: no such key; did you mean 'max_bad'"):
+        config.load(*wanted, f"+{group}.max_bda=0.05")
+
+
 @pytest.mark.parametrize("name", options("experiment"))
 def test_experiment_trains_with_the_tiny_backbone_in_its_place(train, name):
     chosen = config.load(f"experiment={name}")
@@ -104,7 +122,7 @@ def test_preset_of_the_paper_says_what_the_paper_says():
     assert (loss.references, loss.queue_size, loss.grid, loss.network) == ("queue", 8192, 7, "bitonic")
     assert (loss.student_steepness, loss.teacher_steepness) == (100, 100)
     views = chosen.build("augment").resolve(14, 518)
-    assert views.sizes == [518, 518, 98, 98, 98, 98]
+    assert views.sizes == [(518, 518)] * 2 + [(98, 98)] * 4
     assert chosen.config["model"]["name"] == "vit_small_patch14_reg4_dinov2.lvd142m" and chosen.run.seed == 400
     head = chosen.build("head", dim=384)
     assert [layer.out_features for layer in head.layers[::2]] == [2048, 2048, 256]

@@ -46,9 +46,10 @@ def test_student_and_teacher_of_a_run(train, evaluate):
     assert hashes["student"] != hashes["teacher"]
 
 
-def test_what_a_run_recorded_is_what_eval_finds(train, evaluate):
+@pytest.mark.parametrize("trains", [[], ["train.lora_rank=2"]])
+def test_what_a_run_recorded_is_what_eval_finds(train, evaluate, trains):
     options = ["eval.retrieval.k=5", "eval.retrieval.memory_size=200"]
-    folder = train("eval=retrieval", *options, "dataset.val=6")
+    folder = train("eval=retrieval", *options, *trains, "dataset.val=6")
     at_end = json.loads((folder / "results.json").read_text())[-1]
     assert at_end["network"] == "teacher" and at_end["step"] == 4
     (record,) = evaluate(*options, f"checkpoint={folder}", evals=["retrieval"])

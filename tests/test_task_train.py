@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, losses
 
+from neco import load_backbone
 from neco.errors import NecoError
+from neco.loss.neco import NeCo
+from neco.model.weights import weights_hash
 from neco.training import loop
 from neco.training.module import PostTraining
 
@@ -70,8 +73,12 @@ def stop_after(monkeypatch):
 VARIANTS = {
     "plain": [],
     "accumulate": ["train.accumulate=2"],
-    "queue": ["loss.references=queue", "loss.queue_size=64"],
+    "queue": ["loss.references=queue", "loss.queue_size=64", "loss.mask=fg"],
+    "no teacher": ["train.teacher=none", "loss.references=batch_any", "loss.reference_count=5"],
     "bf16": ["train.precision=bf16", "train.clip=0.5"],
+    "multi_scale": ["augment.multi_scale=[0.5,1.0,1.5]", "train.accumulate=2"],
+    "adapters": ["train.lora_rank=2", "train.checkpoint_activations=true"],
+    "layers": ["optim.layer_decay=0.5", "train.blocks=[0,2]"],
 }
 
 
@@ -91,6 +98,51 @@ def test_ten_steps_equal_five_and_resume_and_five(train, monkeypatch, stop_after
         [row[key] for key in same] for row in metrics(halves)
     ]
     assert [int(row["step"]) for row in metrics(halves)] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("references", ["batch", "queue"])
+@pytest.mark.parametrize(("global_views", "local_views"), [(1, 1), (2, 0), (1, 6), (3, 4)])
+def test_any_number_of_views_trains(train, monkeypatch, caplog, global_views, local_views, references):
+    real, aligned = NeCo.forward, []
+    monkeypatch.setattr(NeCo, "forward", lambda self, *cells: aligned.append(cells) or real(self, *cells))
+    with caplog.at_level("INFO", "neco"):
+        folder = train(
+            f"augment.global_views={global_views}", f"augment.local_views={local_views}",
+            f"loss.references={references}", "loss.queue_size=64", "train.steps=3",
+        )  # fmt: skip
+    assert f"{global_views} x 32{f' + {local_views} x 16' if local_views else ''} pixels" in caplog.text
+    pairs = global_views * (global_views + local_views - 1)
+    assert [{tuple(x.shape) for x in cells[:3]} for cells in aligned] == [{(pairs, 4, 9, 16)}] * 3
+    assert all(0 < float(row["grad_norm"]) < 1e3 for row in metrics(folder))
+
+
+@pytest.mark.parametrize("applier", ["uint8", "pil"])
+def test_rectangular_views_train(train, caplog, applier):
+    with caplog.at_level("INFO", "neco"):
+        folder = train(
+            "augment.global_views=1", "augment.local_views=1", "augment.global_size=[32,64]",
+            "augment.local_size=[24,16]", f"augment.applier={applier}", "augment.teacher=clean",
+        )  # fmt: skip
+    assert "1 x [32, 64] + 1 x [24, 16] pixels; the teacher sees them clean" in caplog.text
+    assert all(0 < float(row["grad_norm"]) < 1e3 for row in metrics(folder))
+
+
+def test_a_scale_is_the_run_at_the_scaled_sizes(train, caplog):
+    """Crops are drawn in image pixels, so a single factor is the run with those sizes, bit for bit."""
+    one = train("augment.global_size=[32,48]", "augment.local_size=[16,24]", folder="one")
+    sizes = ["augment.global_size=[64,96]", "augment.local_size=[32,48]"]
+    assert_same_run(one, train(*sizes, "augment.multi_scale=[0.5]", folder="other"))
+    with caplog.at_level("INFO", "neco"):
+        train(*sizes, "augment.multi_scale=[1,0.5,0.25]", "train.steps=1", folder="mixed")
+    said = "2 x [16, 24] + 1 x [8, 16] or 2 x [32, 48] + 1 x [16, 24] or 2 x [64, 96] + 1 x [32, 48] pixels"
+    assert said in caplog.text
+
+
+def test_clean_teacher_differs_by_the_colours_alone(train):
+    colourless = [f"augment.{name}_probability=0" for name in ("jitter", "grey", "blur")]
+    assert_same_run(train(*colourless, folder="a"), train(*colourless, "augment.teacher=clean", folder="b"))
+    coloured, clean = train(folder="c"), train("augment.teacher=clean", folder="d")
+    assert metrics(coloured)[0]["loss"] != metrics(clean)[0]["loss"]
 
 
 @pytest.mark.slow
@@ -174,6 +226,52 @@ def test_teacher_follows_and_is_never_trained(train):
     assert all(torch.equal(held[key], first[key]) for key in teacher), "momentum 1 leaves the teacher where it began"
 
 
+@pytest.mark.parametrize("kind", ("frozen", "head_ema", "none"))
+def test_other_teachers(train, kind):
+    options = [f"train.teacher={kind}", "train.momentum=[0.5,0.5]"]
+    folder = train(*options, "eval=overcluster", "eval.overcluster.k=4")
+    held = state(folder)["state_dict"]
+    start = state(train("optim.lr=0", "optim.head_lr=0", "train.steps=1", folder="start"))["state_dict"]
+
+    def moved(part: str) -> bool:
+        keys = [key for key in held if key.startswith(part)]
+        return any(not torch.equal(held[key], start[key.replace("teacher", "student", 1)]) for key in keys)
+
+    assert moved("student.backbone") and moved("student.head")
+    assert not moved("teacher.backbone") and moved("teacher.head") == (kind == "head_ema")
+    assert any(key.startswith("teacher.") for key in held) == (kind != "none")
+    records = json.loads((folder / "results.json").read_text())
+    assert {r["network"] for r in records} == {"student"}
+    train(*options, "eval=overcluster", "eval.overcluster.k=4")  # a finished run is found again
+
+
+def test_without_a_teacher_the_references_carry_gradient(train, monkeypatch):
+    seen = []
+    real = PostTraining.pair_loss
+
+    def look(self, teacher, *arguments):
+        seen.append(teacher.requires_grad)
+        return real(self, teacher, *arguments)
+
+    monkeypatch.setattr(PostTraining, "pair_loss", look)
+    train("train.steps=1", folder="with")
+    train("train.steps=1", "train.teacher=none", folder="without")
+    train("train.steps=1", "train.teacher=none", "loss.mask=fg", folder="masked")
+    assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize("source", ("batch", "batch_other", "batch_any"))
+def test_references_and_grid_are_independent(train, source):
+    folder = train(f"loss.references={source}", "loss.grid=2", "loss.reference_count=11")
+    assert all(entropy < torch.tensor(11.0).log() for entropy in losses(folder, "entropy"))
+    assert losses(folder, "entropy")[0] > torch.tensor(4.0).log(), "orders of 11 references, not of 2 x 2"
+
+
+def test_batch_of_one_has_no_other_image(train):
+    with pytest.raises(NecoError, match="batch_other"):
+        train("loss.references=batch_other", "train.accumulate=4")
+
+
 def test_finished_run_is_not_repeated(train):
     folder = train()
     before = (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns
@@ -195,8 +293,8 @@ def test_another_configuration_does_not_continue_a_run(train):
 def test_nan_stops_with_step_and_checkpoint(train, monkeypatch, tmp_path):
     real = PostTraining.pair_loss
 
-    def poisoned(self, teacher, student, small, crops, index):
-        loss, extra = real(self, teacher, student, small, crops, index)
+    def poisoned(self, teacher, student, small, crops, index, *rest):
+        loss, extra = real(self, teacher, student, small, crops, index, *rest)
         return (loss * torch.nan if index == 2 else loss), extra
 
     monkeypatch.setattr(PostTraining, "pair_loss", poisoned)
@@ -223,9 +321,92 @@ def test_a_second_process_is_kept_out_and_an_orphan_is_not(train, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_memory_estimate_is_within_a_quarter(tmp_path, cache):
+def moved(folder: Path) -> set[str]:
+    """What differs between the student and a teacher that stands still."""
+    held = state(folder)["state_dict"]
+    names = [key.removeprefix("student.") for key in held if key.startswith("student.")]
+    return {name for name in names if not torch.equal(held[f"student.{name}"], held[f"teacher.{name}"])}
+
+
+def test_frozen_parameters_do_not_move(train):
+    folder = train("train.blocks=[1]", "train.momentum=[1,1]")
+    names = {key.removeprefix("student.") for key in state(folder)["state_dict"] if key.startswith("student.")}
+    trained = {n for n in names if n.startswith(("backbone.net.blocks.1.", "backbone.net.norm.", "head."))}
+    assert moved(folder) == trained and 10 < len(trained) < len(names)
+    (optimizer,) = state(folder)["optimizer_states"]
+    assert len(optimizer["state"]) == sum(len(group["params"]) for group in optimizer["param_groups"]) == len(trained)
+
+
+def test_frozen_parameters_of_the_teacher_keep_their_bits(train):
+    folder = train("train.blocks=0", "train.momentum=[0.7,0.3]")
+    assert moved(folder) and all(name.startswith("head.") for name in moved(folder))
+    assert "lr_backbone" not in metrics(folder)[0] and float(metrics(folder)[0]["lr_head"]) > 0
+
+
+def test_first_step_of_adapters_moves_nothing_else(train):
+    changed = moved(train("train.lora_rank=2", "train.momentum=[1,1]", "train.steps=1"))
+    ups = {f"backbone.net.blocks.{i}.attn.{n}.parametrizations.weight.0.up" for i in range(4) for n in ("qkv", "proj")}
+    assert ups <= changed
+    assert all(name in ups or name.startswith("head.") or name.endswith("weight.0.down") for name in changed)
+
+
+def test_run_with_adapters_loads_as_a_plain_backbone(train):
+    folder = train("train.lora_rank=2")
+    plain, held = load_backbone(str(folder)), state(folder)["state_dict"]
+    place = "teacher.backbone.net.blocks.2.attn.qkv.parametrizations.weight"
+    weight, up, down = (held[f"{place}.{name}"] for name in ("original", "0.up", "0.down"))
+    wanted = weight + 16 / 2 * up @ down
+    torch.testing.assert_close(plain.net.blocks[2].attn.qkv.weight, wanted, rtol=0, atol=1e-7)
+    assert not torch.equal(wanted, weight)
+    on = train(f"checkpoint={folder}", "weights=teacher", "train.blocks=0", "train.steps=1", folder="on")
+    assert weights_hash(load_backbone(str(on))) == weights_hash(plain)
+    again = train(f"checkpoint={folder}", "weights=teacher", "train.lora_rank=1", "optim.lr=0", folder="again")
+    assert weights_hash(load_backbone(str(again), weights="student")) == weights_hash(plain)
+
+
+def test_recomputed_activations_give_the_same_run(train, stop_after, monkeypatch):
+    options = ["train.drop_path=0.5", "train.steps=4", "train.save_minutes=1e-9"]
+    plain = train(*options, folder="plain")
+    assert_same_run(plain, train(*options, "train.checkpoint_activations=true", folder="recomputed"))
+    stop_after(2)
+    with pytest.raises(Stopped):
+        train(*options, folder="mixed")
+    monkeypatch.undo()
+    assert_same_run(plain, train(*options, "train.checkpoint_activations=true", folder="mixed"))
+
+
+def test_layer_decay_is_in_the_rates_of_the_run(train):
+    folder = train("optim.layer_decay=0.5", "optim.lr=1e-3")
+    groups = {group["name"]: group["lr"] for group in state(folder)["optimizer_states"][0]["param_groups"]}
+    assert groups["backbone/block0/no_decay"] == pytest.approx(groups["backbone"] / 8)
+    assert groups["backbone/embeddings"] == pytest.approx(groups["backbone"] / 16)
+    assert float(metrics(folder)[-1]["lr_backbone"]) == pytest.approx(groups["backbone"])
+    assert not [key for key in metrics(folder)[0] if "block" in key]
+
+
+def test_going_on_with_other_rates_and_not_with_other_parameters(train):
+    folder = train()
+    for change in ("train.blocks=2", "train.lora_rank=2", "optim.layer_decay=0.9"):
+        with pytest.raises(NecoError, match=rf"{change.split('=')[0]}: .* -> .*checkpoint="):
+            train(change, "train.steps=6", f"train.resume={folder}/checkpoints/last.ckpt", folder="on")
+    train("optim.lr=1e-2", "train.steps=6", f"train.resume={folder}/checkpoints/last.ckpt", folder="on")
+    slow = train("train.steps=6", f"train.resume={folder}/checkpoints/last.ckpt", folder="slow")
+    fast, slow = (float(metrics(f)[-1]["lr_backbone"]) for f in (folder.parent / "on", slow))
+    assert fast == pytest.approx(10 * slow)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        ["augment.global_size=128", "augment.local_size=32"],
+        ["augment.global_size=128", "augment.local_size=32", "train.checkpoint_activations=true"],
+        ["augment.global_size=[32,128]", "augment.local_size=16", "augment.multi_scale=[0.5,2.0]"],
+    ],
+    ids=["square", "recomputed", "multi_scale"],
+)
+def test_memory_estimate_is_within_a_quarter(tmp_path, cache, views):
     arguments = [
-        "augment.global_size=128", "augment.local_size=32", "train.batch_size=16", "train.steps=2", "eval=[]",
+        *views, "train.batch_size=16", "train.steps=2", "eval=[]",
         "weights=none", "dataset.train=12", "dataset.val=4", "train.workers=0", "train.log_steps=1", "head.hidden=256",
     ]  # fmt: skip
     env = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -234,3 +415,45 @@ def test_memory_estimate_is_within_a_quarter(tmp_path, cache):
     estimate = float(said.split("memory      about ")[1].split(" GB")[0])
     measured = float(metrics(tmp_path / "run")[-1]["peak_memory_gb"])
     assert 0.75 < estimate / measured < 1.25, (estimate, measured)
+
+
+def numbers(monkeypatch, values):
+    """Evaluations that return chosen numbers, one after another (both networks share each)."""
+    from neco.eval.base import Result
+    from neco.eval.overcluster import Overcluster
+
+    queue = iter(values)
+    monkeypatch.setattr(Overcluster, "__call__", lambda *a, **k: Result("chosen", {"miou_k4": next(queue)}, {}))
+
+
+WATCH = ["eval=overcluster", "eval.overcluster.k=4", "train.eval_epochs=1", "train.monitor=overcluster/student/miou_k4"]
+
+
+def test_best_checkpoint_and_early_stopping(train, monkeypatch):
+    def best(folder: Path) -> int:
+        return torch.load(folder / "checkpoints/best.ckpt", weights_only=True, mmap=True)["global_step"]
+
+    # student and teacher at steps 0 (the same weights), 3, 6, 9, ...; an epoch is 3 steps
+    numbers(monkeypatch, [0.1, 0.3, 0.0, 0.2, 0.0, 0.1, 0.0])
+    options = [*WATCH, "train.steps=30", "train.patience=2"]
+    folder = train(*options)
+    assert best(folder) == 3 and state(folder)["global_step"] == 9, "two evaluations were not better"
+    train(*options)
+    assert state(folder)["global_step"] == 9, "and the same command does not go on"
+    numbers(monkeypatch, [0.5, 0.3, 0.0, 0.2, 0.0])
+    assert best(train(*WATCH, "train.steps=4", folder="worse")) == 0, "the start was the best"
+    numbers(monkeypatch, [0.1, 0.3, 0.0, 0.4, 0.0])
+    assert best(train(*WATCH, "train.steps=4", folder="last")) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        ([*WATCH, "train.monitor=retrieval/teacher/miou_k30"], "overcluster is evaluated"),
+        ([*WATCH, "train.monitor=overcluster/student/miou_k5"], r"did you mean 'overcluster/student/miou_k4'"),
+        (["train.patience=3"], "waits for monitor"),
+    ),
+)
+def test_monitor_errors(train, options, message):
+    with pytest.raises(NecoError, match=message):
+        train(*options)

@@ -41,6 +41,19 @@ def test_boxes_equal_the_published_ones() -> None:
     assert torch.equal(on_global, data["on_global"]) and torch.equal(on_view, data["on_view"])
 
 
+def test_boxes_of_rectangular_views() -> None:
+    crops = torch.tensor([[[0, 0, 100, 50], [40, 10, 120, 60]], [[0, 0, 10, 10], [5, 2, 10, 4]]])
+    sizes = [(50, 200), (25, 40)]  # 2 and 1, then 0.5 and 0.5 pixels of the view to a pixel of the image
+    on_global, on_view = pair_boxes(crops, sizes, 1)
+    assert on_global[0, 0, 1].tolist() == [80, 10, 200, 50] and on_view[0, 1, 0].tolist() == [0, 0, 30, 20]
+    assert on_global[1, 0, 1].tolist() == [100, 10, 200, 20] and on_view[1, 1, 0].tolist() == [0, 0, 40, 25]
+    for a, b in zip(pair_boxes(crops, torch.tensor(sizes), 1), (on_global, on_view), strict=True):
+        assert torch.equal(a, b)
+    for square in [30, 20], [30, (20, 20)], torch.tensor([30, 20]):
+        for a, b in zip(pair_boxes(crops, square, 1), pair_boxes(crops, [(30, 30), (20, 20)], 1), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_aligned_teacher_patches_equal_the_published_ones() -> None:
     data = example("ten_pair_loss.npz")
     assert pair_order(2, 6) == [tuple(pair) for pair in data["pair_order"].tolist()]
@@ -91,16 +104,16 @@ def test_alignment_is_single_precision_inside_autocast() -> None:
     assert torch.equal(rounded, roi_align(maps.bfloat16().float(), boxes, 4))
 
 
-@pytest.mark.parametrize(("global_views", "local_views"), [(1, 1), (1, 3), (2, 0), (2, 4), (3, 2)])
+@pytest.mark.parametrize(("global_views", "local_views"), [(1, 1), (1, 6), (2, 0), (2, 4), (3, 0), (3, 4)])
 def test_align_pairs_takes_the_right_map_and_box(global_views: int, local_views: int) -> None:
     generator = torch.Generator().manual_seed(global_views + 10 * local_views)
     G, L, V, B, patch, grid = global_views, local_views, global_views + local_views, 2, 8, 3
-    teacher, large = torch.randn(2, G, B, 6, 6, 5, dtype=torch.float64, generator=generator)
-    small = torch.randn(L, B, 3, 3, 5, dtype=torch.float64, generator=generator)
+    teacher, large = torch.randn(2, G, B, 6, 8, 5, dtype=torch.float64, generator=generator)
+    small = torch.randn(L, B, 5, 3, 5, dtype=torch.float64, generator=generator)
     on_global = random_boxes(generator, (B, G, V), 6.0 * patch)
     on_view = random_boxes(generator, (B, V, G), 3.0 * patch)
-    for locals_ in [small] if L else [small, None]:
-        student, aligned = align_pairs(teacher, large, locals_, on_global, on_view, patch=patch, grid=grid)
+    for globals_, locals_ in [(large if G > 1 else None, small if L else None), (large, small)]:
+        student, aligned = align_pairs(teacher, globals_, locals_, on_global, on_view, patch=patch, grid=grid)
         assert student.shape == aligned.shape == (G * (V - 1), B, grid * grid, 5)
         for pair, (g, v) in enumerate(pair_order(G, V)):
             for image in range(B):
@@ -125,17 +138,19 @@ def overlapping(draw: st.DrawFn) -> list[list[int]]:
     return [[crops[0][v][0], crops[1][v][0], crops[0][v][1], crops[1][v][1]] for v in range(2)]
 
 
-def place(crop: Tensor, side: int) -> Tensor:
-    """(side, side, 2): image coordinates x, y of the centres of a view's patches."""
-    steps = (torch.arange(side, dtype=torch.float64) + 0.5) / side
-    x, y = (crop[i] + steps * (crop[i + 2] - crop[i]) for i in range(2))
+def place(crop: Tensor, h: int, w: int) -> Tensor:
+    """(h, w, 2): image coordinates x, y of the centres of a view's patches."""
+    x, y = (
+        crop[i] + (torch.arange(side, dtype=torch.float64) + 0.5) / side * (crop[i + 2] - crop[i])
+        for i, side in enumerate((w, h))
+    )
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
 
 
 @settings(max_examples=100, deadline=None)
-@given(overlapping(), st.integers(2, 20), st.integers(2, 20), st.integers(1, 8))
+@given(overlapping(), *[st.tuples(st.integers(2, 20), st.integers(2, 20))] * 2, st.integers(1, 8))
 def test_a_place_seen_in_both_views_lands_in_the_same_cell(
-    crops: list[list[int]], large: int, small: int, grid: int
+    crops: list[list[int]], large: tuple[int, int], small: tuple[int, int], grid: int
 ) -> None:
     """Maps that hold where each patch is: aligned, both views give the centres of the shared region's cells.
 
@@ -144,8 +159,8 @@ def test_a_place_seen_in_both_views_lands_in_the_same_cell(
     """
     patch = 14
     views = torch.tensor([crops])  # (1, 2, 4)
-    boxes = pair_boxes(views, [large * patch, small * patch], 1)
-    maps = [place(views[0, view], side)[None, None] for view, side in enumerate((large, small))]
+    boxes = pair_boxes(views, [(h * patch, w * patch) for h, w in (large, small)], 1)
+    maps = [place(views[0, view], *size)[None, None] for view, size in enumerate((large, small))]
     student, teacher = (cells[0, 0] for cells in align_pairs(maps[0], maps[0], maps[1], *boxes, patch=patch, grid=grid))
     low, high = views[0, :, :2].amax(0).double(), views[0, :, 2:].amin(0).double()
     cell = (high - low) / grid
@@ -154,8 +169,8 @@ def test_a_place_seen_in_both_views_lands_in_the_same_cell(
         0, 1
     )
     centre = start + cell / 2
-    for view, side, aligned in (0, large, teacher), (1, small, student):
-        half_patch = (views[0, view, 2:] - views[0, view, :2]) / side / 2
+    for view, (h, w), aligned in (0, large, teacher), (1, small, student):
+        half_patch = (views[0, view, 2:] - views[0, view, :2]) / torch.tensor([w, h]) / 2
         error = (aligned - centre).abs()
         rounding = 2e-3  # boxes are float32, crops up to 1000 pixels
         assert (error <= half_patch + rounding).all()

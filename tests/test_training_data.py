@@ -2,20 +2,22 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from conftest import CONF
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from neco.augment.views import Views, batch_scale
 from neco.config import Train
-from neco.training.data import Positions
+from neco.dataset.base import Sample
+from neco.training.data import MultiView, Positions, loader
 from neco.training.loop import Plan
 
-OPTIONS = {
-    "epochs": 3, "steps": None, "batch_size": 4, "accumulate": 1, "drop_path": 0.0, "momentum": (0.9, 1.0),
-    "clip": None, "precision": "fp32", "workers": 0, "resume": "auto",
-    "eval_epochs": 1, "save_epochs": 1, "save_minutes": 1.0,
-    "log_steps": 1,
-}  # fmt: skip
+OPTIONS = {**yaml.safe_load((CONF / "task" / "train.yaml").read_text())["train"], "epochs": 3, "batch_size": 4}
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 20), st.data())
@@ -24,22 +26,44 @@ def test_a_resumed_stream_is_the_tail_of_the_whole(images, batch, batches, data)
     whole = list(Positions(images, batch, batches, seed=3))
     assert list(Positions(images, batch, batches, seed=3, start=start)) == whole[start:]
     assert all(len(positions) == batch for positions in whole)
+    assert [{number for _, _, number in positions} for positions in whole] == [{n} for n in range(batches)]
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 4))
 def test_every_image_once_an_epoch(images, batch, epochs):
     stream = [p for positions in Positions(images, batch, epochs * images // batch + 1, seed=1) for p in positions]
     for epoch in range(epochs):
-        assert Counter(i for e, i in stream[epoch * images : (epoch + 1) * images] if e == epoch) == Counter(
+        assert Counter(i for e, i, _ in stream[epoch * images : (epoch + 1) * images] if e == epoch) == Counter(
             range(images)
         )
 
 
 def test_epochs_and_seeds_are_shuffled_differently():
     def order(seed, epoch):
-        return [i for p in Positions(50, 50, 2, seed) for e, i in p if e == epoch]
+        return [i for p in Positions(50, 50, 2, seed) for e, i, _ in p if e == epoch]
 
     assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0) and order(1, 0) != sorted(order(1, 0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_has_one_scale_and_the_crops_of_any(tmp_path, workers):
+    for index in range(3):
+        Image.fromarray(np.full((50, 70, 3), 50 * index, np.uint8)).save(tmp_path / f"{index}.png")
+    samples = [Sample(str(index), str(tmp_path / f"{index}.png")) for index in range(3)]
+
+    def batches(**more):
+        views = Views(global_size=(16, 32), local_size=24, local_views=1, teacher="clean", **more).resolve(8, 64)
+        return list(loader(MultiView(samples, views, 5), Positions(3, 2, 12, 5), workers, pin=False))
+
+    scales = 0.5, 1.0, 1.5
+    sizes = {0.5: ([8, 16], [16, 16]), 1.0: ([16, 32], [24, 24]), 1.5: ([24, 48], [32, 32])}  # 12, 36: whole patches
+    for number, (one, other) in enumerate(zip(batches(), scaled := batches(multi_scale=scales), strict=True)):
+        assert torch.equal(one["crops"], other["crops"])
+        large, small = sizes[batch_scale(5, number, scales)]
+        assert list(one["global_views"].shape) == list(one["teacher_views"].shape) == [2, 2, 3, 16, 32]
+        assert list(other["global_views"].shape) == list(other["teacher_views"].shape) == [2, 2, 3, *large]
+        assert list(other["local_views"].shape) == [2, 1, 3, *small]
+    assert len({batch["global_views"].shape for batch in scaled}) == 3
 
 
 @pytest.mark.parametrize(

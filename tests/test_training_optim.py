@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from neco.model.backbone import Backbone
 from neco.training import optim
 from neco.training.module import follow
 
@@ -33,6 +34,41 @@ def test_groups_cover_every_trainable_parameter_once():
     assert all(p.ndim == 1 for p in groups["backbone/no_decay"]["params"])
 
 
+DECAYED = {  # layer_decay 0.5, depth 4, lr 1: by hand
+    "backbone": 1.0,  # block 3 and the final norm
+    "backbone/block2": 0.5,
+    "backbone/block1": 0.25,
+    "backbone/block0": 0.125,
+    "backbone/embeddings": 0.0625,
+}
+
+
+def test_layer_decay_is_the_table():
+    backbone = Backbone(name="vit_tiny_patch16_224", size=32, arch={"depth": 4, "embed_dim": 12, "num_heads": 2})
+    head = nn.Linear(12, 2)
+    groups = {group["name"]: group for group in optim.parameter_groups(backbone, head, nn.Module(), 1.0, 7.0, 0.5)}
+    ids = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(ids) == sorted(map(id, [*backbone.parameters(), *head.parameters()]))
+    rates = {**DECAYED, "head": 7.0}
+    assert {name: group["peak_lr"] for name, group in groups.items()} == {
+        name + suffix: rate for name, rate in rates.items() for suffix in ("", "/no_decay")
+    }
+    net, group_of = backbone.net, {id(p): name for name, group in groups.items() for p in group["params"]}
+    for parameter, name in [
+        (net.patch_embed.proj.weight, "backbone/embeddings"),
+        (net.pos_embed, "backbone/embeddings"),
+        (net.patch_embed.proj.bias, "backbone/embeddings/no_decay"),
+        (net.blocks[0].attn.qkv.weight, "backbone/block0"),
+        (net.blocks[2].norm1.weight, "backbone/block2/no_decay"),
+        (net.blocks[3].mlp.fc2.weight, "backbone"),
+        (net.norm.weight, "backbone/no_decay"),
+    ]:
+        assert group_of[id(parameter)] == name
+    net.blocks[1].requires_grad_(False)
+    left = optim.parameter_groups(backbone, head, nn.Module(), 1.0, 7.0, 0.5)
+    assert not [group["name"] for group in left if "block1" in group["name"]]
+
+
 def test_schedule_sets_rates_and_decay_by_group():
     backbone, head = nn.Linear(3, 4), nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(optim.parameter_groups(backbone, head, nn.Module(), 1e-5, 1e-4))
@@ -51,5 +87,11 @@ def test_follow_is_the_moving_average():
     for got, want in zip(teacher.parameters(), wanted, strict=True):
         torch.testing.assert_close(got, want)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), before, strict=True))
+    student.bias.requires_grad_(False)
+    teacher.bias.data, student.bias.data = -torch.zeros(4), -torch.zeros(4)
+    follow(teacher, student, 0.3)
+    assert teacher.bias.signbit().all(), "what is frozen keeps its very bits"
+    torch.testing.assert_close(teacher.weight, 0.3 * wanted[0] + 0.7 * before[0])
+    wanted = [teacher.weight.clone()]
     follow(teacher, student, 1.0)
     torch.testing.assert_close(next(teacher.parameters()), wanted[0])

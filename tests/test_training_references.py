@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from neco.errors import NecoError
-from neco.training.references import DEAL, PUSH, Queue, check_queue, deal, draws, permutations
+from neco.training.references import DEAL, PUSH, Queue, check_queue, deal, draws, from_batch, permutations
 
 P, G, B, N, D = 4, 2, 3, 4, 5
 
@@ -40,6 +40,69 @@ def test_deal_passes_gradients() -> None:
     pool = teacher().requires_grad_()
     deal(pool, permutations(0, 0, P, B * N)).sum().backward()
     assert torch.equal(pool.grad, torch.ones_like(pool))
+
+
+def sources(pool: Tensor, references: Tensor) -> Tensor:
+    """Which patch of the pair's pool each reference is, (P, B, n)."""
+    flat = pool.flatten(1, 2)
+    same = (references.flatten(1, 2)[:, :, None] == flat[:, None]).all(-1)
+    assert (same.sum(-1) == 1).all()
+    return same.int().argmax(-1).view(references.shape[:3])
+
+
+MASK = torch.rand(P, B, N, generator=torch.Generator().manual_seed(5)) < 0.4
+MASK[1] = False
+MASK[1, 2, 1] = True  # a pair with a single patch
+
+
+@pytest.mark.parametrize("count", (2, N, 3 * N + 1))
+@pytest.mark.parametrize("kept", (None, MASK), ids=("all", "masked"))
+@pytest.mark.parametrize("source", ("batch", "batch_other", "batch_any"))
+def test_sources_of_references(source: str, kept: Tensor | None, count: int) -> None:
+    pool = teacher()
+    references = from_batch(source, pool, count, 0, 7, kept)
+    assert references.shape == (P, B, count, D)
+    if source == "batch_other" and kept is not None:  # the single patch of pair 1 is its own image's only choice
+        references, pool, kept = (torch.cat([x[:1], x[2:]]) for x in (references, pool, kept))
+    index = sources(pool, references)
+    allowed = torch.ones(pool.shape[:3], dtype=torch.bool) if kept is None else kept
+    assert allowed.flatten(1).gather(1, index.flatten(1)).all(), "masked patches supply none"
+    for pair in range(len(pool)):
+        uses = index[pair].flatten().bincount(minlength=B * N)[allowed[pair].flatten()]
+        if source == "batch":
+            assert uses.max() - uses.min() <= 1, "dealt evenly"
+        elif source == "batch_other":
+            for image in range(B):
+                assert not (index[pair, image] // N == image).any()
+                own = index[pair, image].bincount(minlength=B * N)
+                others = allowed[pair].clone()
+                others[image] = False
+                assert own[others.flatten()].max() - own[others.flatten()].min() <= 1
+    again = from_batch(source, teacher(), count, 0, 7, None if kept is None else MASK)
+    assert torch.equal(again[0], references[0])
+    assert not torch.equal(from_batch(source, teacher(), count, 0, 8)[0], references[0])
+
+
+def test_any_patch_comes_equally_often() -> None:
+    index = torch.stack([sources(teacher(), from_batch("batch_any", teacher(), N, 0, step)) for step in range(300)])
+    share = index.flatten().bincount(minlength=B * N) / index.numel()
+    assert (share - 1 / (B * N)).abs().max() < 0.01
+
+
+def test_batch_is_the_published_deal() -> None:
+    assert torch.equal(from_batch("batch", teacher(), N, 3, 4), deal(teacher(), permutations(3, 4, P, B * N)))
+    everything = torch.ones(P, B, N, dtype=torch.bool)
+    assert torch.equal(from_batch("batch", teacher(), N, 3, 4, everything), from_batch("batch", teacher(), N, 3, 4))
+
+
+def test_queue_keeps_to_the_mask() -> None:
+    queue, raw = Queue(40, G, D), maps()
+    kept = torch.rand(raw.shape[:4], generator=torch.Generator().manual_seed(2)) < 0.3
+    kept[1] = False  # a view without any: everything
+    queue(raw, teacher(), 0, 0, 3, (kept, torch.ones(P, B, N, dtype=torch.bool)))
+    assert rows(queue.vectors[0, : queue.filled]) <= rows(raw[0][kept[0]])
+    assert rows(queue.vectors[1, : queue.filled]) <= rows(raw[1])
+    assert queue(raw, teacher(), 0, 1, 3).shape == (P, B, 3, D)
 
 
 def test_draws_depend_on_every_part_of_the_key() -> None:
@@ -114,6 +177,6 @@ def test_queue_carries_no_gradient() -> None:
 
 
 def test_check_queue() -> None:
-    check_queue(64 * 49, 64, 7)
+    check_queue(64 * 49, 64, 49)
     with pytest.raises(NecoError, match=r"loss.queue_size=3135 .* needs 3136"):
-        check_queue(3135, 64, 7)
+        check_queue(3135, 64, 49)

@@ -1,25 +1,26 @@
 """Views of an image: which crops, which colours (`Views.sample`, all the randomness) and their pixels (`Views.apply`).
 
-Legend: V views of an image, G global first, then L local; S, s side of a global, local view in pixels.
+Legend: V views of an image, G global first, then L local; (H, W), (h, w) size of a global, local view in pixels.
 Crops are integer (x1, y1, x2, y2) in image pixels, x2 and y2 exclusive.
 """
 
 import copy
 import math
 import warnings
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, NamedTuple, Self
 
 import cv2
 import numpy as np
 import torch
+from annotated_types import MinLen
 from PIL import Image
 from torch import Tensor
 
 from neco.augment import crop as fast
 from neco.augment import reference
 from neco.errors import NecoError
-from neco.values import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from neco.values import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Size, sides
 
 Crop = tuple[int, int, int, int]
 DRAWS = 200  # crops tried for a view before it falls back to the centred one
@@ -40,6 +41,12 @@ class ViewParams(NamedTuple):
 def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of one sample's views in one epoch: a counter-based stream of its own, whoever draws it."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, index]))
+
+
+def batch_scale(seed: int, batch: int, scales: Sequence[float]) -> float:
+    """The one of `scales` that the sizes of a batch are multiplied by: a function of (seed, batch), as `view_rng`."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, batch], counter=[0, 1, 0, 0]))  # no view has this counter
+    return scales[int(rng.integers(len(scales)))]
 
 
 def centred_crop(height: int, width: int, ratio: tuple[float, float]) -> Crop:
@@ -74,6 +81,11 @@ def overlap(a: Crop, b: Crop) -> int:
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
+def show(size: tuple[int, int]) -> int | list[int]:
+    """A (height, width) as it is written in YAML."""
+    return size[0] if size[0] == size[1] else list(size)
+
+
 class Views:
     """Random crops that overlap, each with its own colour jitter, greyscale and blur; no flips (NeCo, appendix).
 
@@ -82,9 +94,12 @@ class Views:
     overlap above the crop's own area) gets the centred crop, with one warning (in each worker).
 
     Args:
-        global_size, local_size: sides in pixels; None = chosen by `resolve` for the backbone.
+        teacher: `clean` = it sees the same crops of the global views as the student, without jitter, greyscale, blur.
+        global_size, local_size: side in pixels, or [height, width]; None = chosen by `resolve` for the backbone.
+        multi_scale: factors of all sizes, each batch takes one of them at random (`batch_scale`). Crops, and the blur
+            in pixels, stay what they are.
         global_scale, local_scale: area of a crop as a share of the image's, lowest and highest.
-        ratio: width / height of a crop, lowest and highest, log-uniform.
+        ratio: width / height of a crop over that of its view, lowest and highest, log-uniform.
         jitter: strengths of brightness, contrast, saturation (factor within 1 -+ strength) and hue (turns).
         blur_sigma: lowest and highest, in pixels of the view.
         applier: `uint8` = torch and OpenCV on bytes; `pil` = the published PIL pipeline, five to ten times slower.
@@ -98,8 +113,10 @@ class Views:
         *,
         global_views: Positive = 2,
         local_views: NonNegative = 4,
-        global_size: Positive | None = None,
-        local_size: Positive | None = None,
+        teacher: Literal["augmented", "clean"] = "augmented",
+        global_size: Size | None = None,
+        local_size: Size | None = None,
+        multi_scale: Annotated[tuple[PositiveFloat, ...], MinLen(1)] = (1.0,),
         global_scale: tuple[PositiveFloat, Fraction] = (0.25, 1.0),
         local_scale: tuple[PositiveFloat, Fraction] = (0.05, 0.25),
         ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3),
@@ -123,9 +140,16 @@ class Views:
         if strength[3] > 0.5:
             raise NecoError(f"jitter[3]={jitter[3]} x jitter_strength={jitter_strength}: hue turns by at most 0.5")
         self.global_views, self.local_views = global_views, local_views
-        self.global_size, self.local_size = global_size, local_size
+        self.global_size, self.local_size = (
+            None if size is None else sides(size) for size in (global_size, local_size)
+        )
+        self.patch = 1
         self.scales = [global_scale] * global_views + [local_scale] * local_views
-        self.ratio, self.min_overlap, self.applier = ratio, min_overlap, applier
+        # Fixed here, as `scaled` rounds the sizes: a batch's scale must not change its crops
+        aspects = (width / height for height, width in (size or (1, 1) for size in (self.global_size, self.local_size)))
+        global_ratio, local_ratio = ((ratio[0] * aspect, ratio[1] * aspect) for aspect in aspects)
+        self.ratios = [global_ratio] * global_views + [local_ratio] * local_views
+        self.teacher, self.multi_scale, self.min_overlap, self.applier = teacher, multi_scale, min_overlap, applier
         neutral = np.array([1.0, 1.0, 1.0, 0.0])
         sigma = np.multiply(blur_sigma, blur_strength)
         self.lowest = np.append(np.maximum(neutral - strength, [0, 0, 0, -0.5]), sigma[0])  # four factors, sigma
@@ -136,29 +160,40 @@ class Views:
     def resolve(self, patch: int, size: int) -> Self:
         """A copy with concrete sizes for a backbone of this patch and pretraining size.
 
-        Left open, global views have the pretraining size and local ones at most 98 pixels and half a global view, in
-        whole patches: 518/98 for patch 14, 224/96 for patch 16.
+        Left open, views are square; global ones have the pretraining size, local ones at most 98 pixels and half the
+        shorter side of a global view, in whole patches: 518/98 for patch 14, 224/96 for patch 16.
 
         Raises:
             NecoError: a size that is no multiple of the patch.
         """
         views = copy.copy(self)
-        views.global_size = self.global_size or size // patch * patch
-        views.local_size = self.local_size or max(1, min(LOCAL_SIZE, views.global_size // 2) // patch) * patch
-        for name in ("global_size", "local_size"):
-            value = getattr(views, name)
-            if value % patch:
-                below, above = value // patch * patch, (value // patch + 1) * patch
-                valid = f"{below} or {above}" if below else above
-                raise NecoError(f"{name}={value} is no multiple of the backbone's patch, {patch} pixels: take {valid}")
+        views.patch = patch
+        views.global_size = self.global_size or sides(size // patch * patch)
+        longest = min(LOCAL_SIZE, min(views.global_size) // 2)
+        views.local_size = self.local_size or sides(max(1, longest // patch) * patch)
+        for name, (height, width) in (("global_size", views.global_size), ("local_size", views.local_size)):
+            if height % patch or width % patch:
+                valid = _near(height, patch) if height == width else f"[{_near(height, patch)}, {_near(width, patch)}]"
+                shown = show((height, width))
+                raise NecoError(f"{name}={shown} is no multiple of the backbone's patch, {patch} pixels: take {valid}")
+        return views
+
+    def scaled(self, factor: float) -> Self:
+        """A copy with sizes `factor` times as large, to the nearest whole patch; its crops are the same."""
+        _ = self.sizes  # all there
+        views = copy.copy(self)
+        views.global_size, views.local_size = (
+            size and sides([self.patch * max(1, round(factor * side / self.patch)) for side in size])
+            for size in (self.global_size, self.local_size)
+        )
         return views
 
     @property
-    def sizes(self) -> list[int]:
-        """Side of each of the V views in pixels. Raises NecoError before `resolve` where a size was left open."""
-        sides = [self.global_size] * self.global_views + [self.local_size] * self.local_views
-        sizes = [side for side in sides if side is not None]
-        if len(sizes) < len(sides):
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each of the V views. Raises NecoError before `resolve` where a size was left open."""
+        wanted = [self.global_size] * self.global_views + [self.local_size] * self.local_views
+        sizes = [size for size in wanted if size is not None]
+        if len(sizes) < len(wanted):
             raise NecoError("the sizes of the views are open: give global_size and local_size, or call resolve")
         return sizes
 
@@ -171,36 +206,48 @@ class Views:
         return ViewParams(crops, jitter, chance[:, 8:].argsort(axis=1), values[:, :4], grey, values[:, 4] * blur)
 
     def apply(self, image: np.ndarray, params: ViewParams) -> tuple[Tensor, Tensor]:
-        """The views' pixels: uint8 (H, W, 3) RGB -> uint8 global views (G, 3, S, S) and local views (L, 3, s, s)."""
+        """The pixels of views: uint8 RGB (height, width, 3) -> uint8 global (G, 3, H, W) and local (L, 3, h, w)."""
         _ = self.sizes  # all there
         global_views, local_views = (
-            torch.empty(count, 3, side or 0, side or 0, dtype=torch.uint8)
-            for count, side in ((self.global_views, self.global_size), (self.local_views, self.local_size))
+            torch.empty(count, 3, *(size or (0, 0)), dtype=torch.uint8)
+            for count, size in ((self.global_views, self.global_size), (self.local_views, self.local_size))
         )
+        self._fill([*global_views.numpy(), *local_views.numpy()], image, params)
+        return global_views, local_views
+
+    def clean(self, image: np.ndarray, params: ViewParams) -> Tensor:
+        """What a clean teacher sees: the global views (G, 3, H, W) of `apply` in the image's own colours, sharp."""
+        views = torch.empty(self.global_views, 3, *self.sizes[0], dtype=torch.uint8)
+        nothing = {field: np.zeros_like(getattr(params, field)) for field in ("jitter", "grey", "sigma")}
+        plain = ViewParams(*(values[: self.global_views] for values in params._replace(**nothing)))
+        self._fill([*views.numpy()], image, plain)
+        return views
+
+    def _fill(self, targets: list[np.ndarray], image: np.ndarray, params: ViewParams) -> None:
+        """Draw each view of `params` into its target (3, H, W)."""
         source: np.ndarray | Image.Image = Image.fromarray(image) if self.applier == "pil" else image
         view: Callable[..., np.ndarray | Image.Image] = reference.view if self.applier == "pil" else fast.view
-        targets = [*global_views.numpy(), *local_views.numpy()]
         for target, *row in zip(targets, *params, strict=True):
-            pixels = np.asarray(view(source, target.shape[-1], *row))
+            pixels = np.asarray(view(source, target.shape[1:], *row))
             if pixels.ndim == 2:
                 target[:] = pixels
             else:
                 cv2.split(pixels, list(target))
-        return global_views, local_views
 
     def _crops(self, rng: np.random.Generator, height: int, width: int) -> list[Crop]:
         crops: list[Crop] = []
-        for view, scale in enumerate(self.scales):
+        for view, (scale, ratio) in enumerate(zip(self.scales, self.ratios, strict=True)):
             wanted = self.min_overlap * height * width * (2 if view == 1 < self.global_views else 1)
             for _ in range(DRAWS):
-                crop = random_crop(rng, height, width, scale, self.ratio)
+                crop = random_crop(rng, height, width, scale, ratio)
                 if all(overlap(crop, other) > wanted for other in crops[: self.global_views]):
                     break
             else:
                 self._warn(height, width)
-                crop = centred_crop(height, width, self.ratio)
+                crop = centred_crop(height, width, ratio)
                 if not all(overlap(crop, other) for other in crops[: self.global_views]):
-                    crops = [crop] * view  # a global view beside the centre of a long image: no box would be left
+                    # A global view beside the centre of a long image: no box would be left
+                    crops = [centred_crop(height, width, other) for other in self.ratios[:view]]
             crops.append(crop)
         return crops
 
@@ -212,3 +259,9 @@ class Views:
                 stacklevel=3,
             )
         self._warned = True
+
+
+def _near(side: int, patch: int) -> str:
+    """The multiples of the patch around `side`."""
+    multiples = sorted({side // patch * patch, -(-side // patch) * patch} - {0})
+    return " or ".join(map(str, multiples))

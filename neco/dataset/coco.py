@@ -1,6 +1,7 @@
 """COCO 2017 images, for training without labels."""
 
 from pathlib import Path
+from typing import Any
 
 from neco.dataset.base import Dataset, Sample, missing, pair_samples, require_split
 
@@ -12,7 +13,8 @@ class Coco(Dataset):
         root: folder that holds `images/train2017` or `train2017`.
     """
 
-    def __init__(self, *, root: str) -> None:
+    def __init__(self, *, root: str, **common: Any) -> None:
+        super().__init__(**common)
         self.root = Path(root).expanduser()
 
     def samples(self, split: str) -> list[Sample]:

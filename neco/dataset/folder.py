@@ -1,16 +1,17 @@
 """Any folder of images; with a parallel folder of masks and a list of classes it can be evaluated."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from neco.dataset.base import IGNORE, Dataset, Sample, missing, pair_samples, require_split
+from neco.dataset.base import IGNORE, SUFFIXES, Dataset, Sample, missing, pair_samples, require_split
 from neco.errors import NecoError
 from neco.values import Fraction
 
 
 class Folder(Dataset):
-    """All JPEG and PNG files below `root`, at any depth.
+    """All image files below `root` (see `neco.dataset.base.SUFFIXES`), at any depth.
 
     Sub-folders `train` and `val` (of `root`, and of `masks`) are the splits where `root` has both. Otherwise a seeded
     choice of `val_fraction` of the sorted images is the val split, and the others are the train split.
@@ -36,7 +37,9 @@ class Folder(Dataset):
         ignore: int = IGNORE,
         val_fraction: Fraction = 0.1,
         seed: int = 0,
+        **common: Any,
     ) -> None:
+        super().__init__(**common)
         if bool(masks) != bool(classes):
             have, lack = ("masks", "classes") if masks else ("classes", "masks")
             raise NecoError(f"dataset.{have} is set and dataset.{lack} is not: a labelled folder needs both")
@@ -56,7 +59,8 @@ class Folder(Dataset):
             chosen = order[:first] if split == "val" else order[first:]
             found = [found[i] for i in sorted(chosen)]
         if not found:
-            advice = f"Wanted: .jpg or .png files at any depth; val_fraction={self.val_fraction} has to leave some."
+            kinds = " ".join(SUFFIXES)
+            advice = f"Wanted: {kinds} files at any depth; val_fraction={self.val_fraction} has to leave some."
             looked = [self.root / part, *([self.masks / part] if self.masks else [])]
             raise missing(f"{split} images", self.root, looked, advice)
         return found

@@ -8,6 +8,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,7 +38,10 @@ class Shapes(Dataset):
     classes = ("background", "stripes", "checker", "dots", "zigzag", "bricks", "grid", "blotches")
     image_size = SIZE
 
-    def __init__(self, *, root: str, train: Positive = 1000, val: Positive = 200, seed: NonNegative = 0) -> None:
+    def __init__(
+        self, *, root: str, train: Positive = 1000, val: Positive = 200, seed: NonNegative = 0, **common: Any
+    ) -> None:
+        super().__init__(**common)
         self.root = Path(root).expanduser()
         self.counts = {"train": train, "val": val}
         self.seed = seed

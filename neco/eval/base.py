@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import data
 from torchvision.transforms import functional as colour
 
-from neco.dataset.base import Dataset, Sample, read_image, read_label
+from neco.dataset.base import Dataset, Sample, read_image, read_label, stored_size
 from neco.errors import NecoError
 from neco.eval.cache import Cache, Entry, Spec
 from neco.eval.metrics import Compat
@@ -174,8 +174,11 @@ class _Items(data.Dataset):
         image = Image.fromarray(read_image(sample.image)) if self.images else None
         label = Image.fromarray(read_label(self.dataset, sample).astype(np.uint8)) if self.nearest else None
         frames = [frame.size for frame in (image, label) if frame]
+        if image and sample.mask and not label:
+            frames.append(stored_size(sample.mask))  # read later: the features are kept
         if frames[0] != frames[-1]:
-            raise NecoError(f"{sample.image} is {frames[0]} pixels large, its mask {sample.mask} is {frames[1]}")
+            hint = "; only the image was turned, by its EXIF orientation" if frames[0] == frames[-1][::-1] else ""
+            raise NecoError(f"{sample.image} is {frames[0]} pixels large, its mask {sample.mask} is {frames[1]}{hint}")
         if self.draw:
             box = self.draw.box(sample.key, *frames[0])
             image = self.draw.jitter(sample.key, image).crop(box) if image else None
@@ -228,10 +231,9 @@ class Extract:
         cached = self.cache.find(self._spec(backbone, samples, size, STD, None))
         if cached is not None:
             return cached
-        features = np.empty(0, np.float32)
+        side = size // backbone.patch
+        features = np.empty((len(samples), side, side, backbone.dim), np.float32)
         for rows, part, _ in self.stream(backbone, dataset, samples, size, nearest=None, what=what):
-            if not rows.start:
-                features = np.empty((len(samples), *part.shape[1:]), np.float32)
             features[rows] = part
         return features
 

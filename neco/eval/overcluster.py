@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 import numpy as np
 import torch
 
+from neco import devices
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.eval import clustering, metrics
@@ -100,7 +101,9 @@ class Overcluster:
         """
         extract, classes = extract or Extract(), len(dataset.classes)
         size, ks, samples = self.plan(backbone.patch, dataset)
-        features = extract(backbone, dataset, samples, size, what="val")
+        features = extract(backbone, dataset, devices.share(samples), size, what="val")
+        if devices.world() > 1:
+            features = devices.gather_uneven(torch.from_numpy(np.array(features))).numpy()
         shape, device = features.shape[:3], extract.place(backbone)
         points = clustering.project(
             features.reshape(-1, features.shape[3]),
@@ -110,15 +113,17 @@ class Overcluster:
             device=device,
         )
         del features
-        maps, matrices = {}, {}
-        for k, seed in track([(k, seed) for k in ks for seed in self.seeds], "k-means"):
+        runs = [(k, seed) for k in ks for seed in self.seeds]
+        matrices = {(k, seed): torch.zeros(k, classes, dtype=torch.long) for k, seed in runs}
+        maps = {}  # with several processes, each has its part of the k-means runs
+        for k, seed in track(devices.share(runs), "k-means"):
             index = self._cluster(points, k, seed, device)
             maps[k, seed] = torch.from_numpy(index.astype(np.int32).reshape(shape))
-            matrices[k, seed] = torch.zeros(k, classes, dtype=torch.long)
-        for rows, masks in extract.masks(dataset, samples, size):
+        for rows, masks in extract.masks(dataset, samples, size) if maps else ():
             target = resize_nearest(masks, GRID)
-            for (k, seed), matrix in matrices.items():
-                matrix += metrics.confusion(resize_nearest(maps[k, seed][rows], GRID), target, k, classes)
+            for (k, seed), clusters in maps.items():
+                matrices[k, seed] += metrics.confusion(resize_nearest(clusters[rows], GRID), target, k, classes)
+        matrices = {run: devices.total(matrix) for run, matrix in matrices.items()}
         found, details = {}, {}
         for k in ks:
             match = metrics.match_one_to_one if k == classes else metrics.match_many_to_one

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neco import devices
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.errors import NecoError
 from neco.eval import metrics
@@ -142,7 +143,8 @@ class Retrieval:
         index = Neighbours(memory, engine=self.engine, device=extract.place(backbone))
         labels = labels.to(index.device)
         matrices = {k: torch.zeros(classes, classes, dtype=torch.long) for k in self.ks}
-        for _, features, masks in extract.stream(backbone, dataset, val, size, **self._reading, what="val"):
+        own = devices.share(val)
+        for _, features, masks in extract.stream(backbone, dataset, own, size, **self._reading, what="val"):
             side = features.shape[1:3]
             # The whole batch at once: faiss is 8 times slower at a few hundred queries than at a thousand.
             near, where = index(F.normalize(features.flatten(0, 2), dim=1), self.ks[-1])
@@ -153,6 +155,7 @@ class Retrieval:
                     shares = shares.T.reshape(1, classes, *side)
                     predicted = F.interpolate(shares, size=(size, size), mode="bilinear").argmax(1)[0].cpu()
                     matrix += metrics.confusion(predicted, mask, classes, classes)
+        matrices = {k: devices.total(matrix) for k, matrix in matrices.items()}
         if self.compat == "reference":
             matrices = {k: metrics.remap(matrix, metrics.match_one_to_one(matrix)) for k, matrix in matrices.items()}
         return Result(
@@ -184,7 +187,8 @@ class Retrieval:
         extract: Extract,
         seed: int,
     ) -> tuple[Tensor, Tensor]:
-        """Normalised features (M, D) and soft labels (M, C) of the memory, allocated once."""
+        """Normalised features (M, D) and soft labels (M, C) of the memory, allocated once in each process."""
+        samples = devices.share(samples)
         memory = torch.empty(len(samples) * self.passes * share, backbone.dim)
         labels = torch.empty(len(memory), len(dataset.classes))
         filled = 0
@@ -206,7 +210,7 @@ class Retrieval:
                 for store, values in ((memory, F.normalize(features, dim=3)), (labels, soft)):
                     store[filled : filled + len(image)] = values.flatten(1, 2)[image, best.indices[kept]]
                 filled += len(image)
-        return memory[:filled], labels[:filled]
+        return devices.gather_uneven(memory[:filled]), devices.gather_uneven(labels[:filled])
 
     def _protocol(self, size: int) -> str:
         parts = [

@@ -7,6 +7,9 @@ from typing import Literal
 
 from torch import nn
 
+References = Literal["batch", "batch_other", "batch_any", "queue"]
+Mask = Literal["all", "fg", "bg"]
+
 
 class Loss(nn.Module):
     """A loss compares aligned patches of student and teacher; views, boxes and queue are the training step's business.
@@ -17,10 +20,15 @@ class Loss(nn.Module):
 
     Attributes:
         grid: patches are aligned to grid x grid, so N = grid^2.
-        references: where the reference patches come from, the batch itself or a queue of past teacher patches.
+        references: where the reference patches come from, see `neco.training.references`: the batch itself, or a queue
+            of past teacher patches.
+        reference_count: n, references of an image and pair.
         queue_size: vectors per global view of that queue.
+        mask: which patches count, by the teacher's attention: all, the foreground, or the background.
     """
 
     grid: int = 7
-    references: Literal["batch", "queue"] = "batch"
+    references: References = "batch"
+    reference_count: int = 49
     queue_size: int = 8192
+    mask: Mask = "all"

@@ -6,11 +6,14 @@ Shapes: P pairs of views, B images, N aligned patches, n reference patches, D ch
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn import functional as F
 
-from neco.loss.base import Loss
+from neco import devices
+from neco.errors import NecoError
+from neco.loss.base import Loss, Mask, References
+from neco.loss.relaxation import RelaxationName, choose
 from neco.loss.sorting import Network, at_least_float32, sort_cross_entropy
 from neco.values import Positive, PositiveFloat
 
@@ -32,19 +35,28 @@ class NeCo(Loss):
         self,
         *,
         network: Network = "bitonic",
-        student_steepness: PositiveFloat = 100.0,
-        teacher_steepness: PositiveFloat = 100.0,
+        relaxation: RelaxationName = "cauchy",
+        art_lambda: Annotated[float, Ge(0), Lt(1)] | None = None,
+        student_steepness: PositiveFloat | None = None,
+        teacher_steepness: PositiveFloat | None = None,
         similarity: Similarity = "cosine",
-        references: Literal["batch", "queue"] = "batch",
+        references: References = "batch",
+        reference_count: Annotated[int, Ge(2)] | None = None,
         queue_size: Positive = 8192,
-        grid: Annotated[int, Ge(2)] = 7,
+        grid: Positive = 7,
+        mask: Mask = "all",
     ) -> None:
         super().__init__()
         self.network: Network = network
-        self.student_steepness, self.teacher_steepness = student_steepness, teacher_steepness
+        self.relaxation = choose(relaxation, art_lambda)
+        self.student_steepness = student_steepness or self.relaxation.steepness
+        self.teacher_steepness = teacher_steepness or self.relaxation.steepness
         self.similarity: Similarity = similarity
-        # Read by the training module, which aligns patches on a grid x grid and supplies the references.
-        self.references, self.queue_size, self.grid = references, queue_size, grid
+        if reference_count is None and grid < 2:
+            raise NecoError("grid=1 aligns one patch an image, and one reference has no order: give reference_count")
+        # Read by the training module, which aligns patches on a grid x grid and supplies references and mask.
+        self.references, self.queue_size, self.grid, self.mask = references, queue_size, grid, mask
+        self.reference_count = reference_count or grid**2
 
     def forward(
         self, student: Tensor, teacher: Tensor, references: Tensor, mask: Tensor | None = None
@@ -59,9 +71,9 @@ class NeCo(Loss):
             ours = similarities(student, references, self.similarity)
             with torch.no_grad():
                 theirs = similarities(teacher, references, self.similarity)
-            loss, entropy = sort_cross_entropy(
-                ours.flatten(0, 2), theirs.flatten(0, 2), self.network, self.student_steepness, self.teacher_steepness
-            )
+            steepness = self.student_steepness, self.teacher_steepness
+            rows = ours.flatten(0, 2), theirs.flatten(0, 2)
+            loss, entropy = sort_cross_entropy(*rows, self.network, *steepness, self.relaxation)
             agree = (ours.argmax(-1) == theirs.argmax(-1)).to(loss)
             total, floor, agreement = (pair_mean(x.reshape(student.shape[:3]), mask) for x in (loss, entropy, agree))
         return total, {"kl": total.detach() - floor, "entropy": floor, "agreement": agreement}
@@ -78,7 +90,12 @@ def similarities(patches: Tensor, references: Tensor, kind: Similarity) -> Tenso
 
 
 def pair_mean(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of (P, B, N) over each pair's patches, those of the mask if given (0 if none), then over pairs."""
+    """Mean of (P, B, N) over each pair's patches, those of the mask if given (0 if none), then over pairs.
+
+    With several processes the mask's patches are counted over all of them, so that the mean over processes, which is
+    what their gradients become, is that of one process with all images.
+    """
     if mask is None:
         return rows.mean()
-    return (rows.where(mask, 0).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)).mean()
+    kept = devices.total(mask.sum((1, 2))).clamp(min=1) / devices.world()
+    return (rows.where(mask, 0).sum((1, 2)) / kept).mean()

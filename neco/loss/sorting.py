@@ -9,6 +9,7 @@ Shapes: R rows (vectors to sort), n values of a row = wires of the network = ite
 """
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
@@ -18,25 +19,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from neco.errors import NecoError
+from neco.loss.relaxation import CAUCHY, Relaxation
 
 Network = Literal["bitonic", "odd_even"]
 # Rows at a time: few enough for the cache of a core, on a GPU many enough to hide the launches; either within a bound.
 CPU_ROWS, CUDA_ROWS, MAX_BYTES = 128, 1 << 14, 1 << 29
 MAX_WORKERS = 4  # Python's lock lets no more threads of small operations run side by side
-FLOAT32_ODD_EVEN = 100.0  # steepness up to which float32 holds the shares of an odd-even network (n = 49)
-
-
-# The relaxation: the share that two wires exchange, 1 - alpha(v) for v = s (x_b - x_a), and its slope.
-
-
-def swap_share(v: Tensor, out: Tensor | None = None) -> Tensor:
-    """Cauchy: 1 - alpha(v) = 1/2 - atan(v) / pi, written so that the smallest shares keep their relative precision."""
-    return torch.atan2(v.new_ones(()), v, out=out).mul_(1 / math.pi)
-
-
-def swap_slope(v: Tensor) -> Tensor:
-    """d swap_share / dv."""
-    return (v * v + 1).reciprocal_().mul_(-1 / math.pi)
 
 
 class Comparators(NamedTuple):
@@ -114,13 +102,16 @@ def comparators(network: Network, n: int) -> tuple[Comparators, ...]:
     return tuple(blocks)
 
 
-def soft_sort(x: Tensor, network: Network = "bitonic", steepness: float = 100.0) -> tuple[Tensor, Tensor]:
+def soft_sort(
+    x: Tensor, network: Network = "bitonic", steepness: float | None = None, relaxation: Relaxation = CAUCHY
+) -> tuple[Tensor, Tensor]:
     """Sort x (..., n) softly, ascending -> (sorted values (..., n), permutations P (..., n, n)), differentiable.
 
     P[..., i, j] is the share of item i at rank j, and `sorted = x P`. Half-precision input is computed in float32.
     This is the plain form, for use and for tests; training uses `sort_cross_entropy`.
     """
     n = x.shape[-1]
+    steepness = relaxation.steepness if steepness is None else steepness
     rows = at_least_float32(x).reshape(-1, n)
     wires = torch.arange(n, device=x.device)
     identity = torch.eye(n, device=x.device, dtype=rows.dtype)[:, :, None].expand(n, n, len(rows))
@@ -128,9 +119,10 @@ def soft_sort(x: Tensor, network: Network = "bitonic", steepness: float = 100.0)
     for block in comparators(network, n):
         a, b = (side.flatten() for side in block.sides(wires[:, None, None]))
         sign = torch.tensor(block.signs, device=x.device).repeat_interleave(block.size // block.blocks)
-        gap = state[b] - state[a]
-        share = swap_share(gap[:, :1] * (steepness * sign[:, None, None])) * gap
-        state = state.index_add(0, a, share).index_add(0, b, -share)
+        low, high = state[a], state[b]
+        v = (high - low)[:, :1] * (steepness * sign[:, None, None])
+        share, rest = relaxation.share(v, steepness), relaxation.share(-v, steepness)
+        state = state.index_copy(0, a, rest * low + share * high).index_copy(0, b, share * low + rest * high)
     values, items = state[:, 0], state[:, 1:]
     return values.t().reshape(x.shape), items.permute(2, 1, 0).reshape(*x.shape, n)
 
@@ -139,8 +131,9 @@ def sort_cross_entropy(
     student: Tensor,
     teacher: Tensor,
     network: Network = "bitonic",
-    student_steepness: float = 100.0,
-    teacher_steepness: float = 100.0,
+    student_steepness: float | None = None,
+    teacher_steepness: float | None = None,
+    relaxation: Relaxation = CAUCHY,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy between the soft permutations of student (R, n) and teacher (R, n), row by row.
 
@@ -148,8 +141,8 @@ def sort_cross_entropy(
     P sorts the student's row and Q the teacher's. Only the student gets a gradient, and only from the loss.
 
     Computed in float32 for float32 and half-precision input, in float64 for float64. Shares of P below the smallest
-    normal number count as that number, with zero gradient. That takes a steepness beyond 10,000 in bitonic networks,
-    but about 100 in odd_even, which multiplies n times: beyond 100 that is computed in float64.
+    normal number count as that number, with zero gradient. Beyond the steepness up to which float32 holds them all
+    (`relaxation.float32`: odd_even multiplies n times, some tails are exponential) it is computed in float64.
 
     The gradient is computed in the forward pass, a chunk of rows at a time, so memory grows neither with the layers nor
     (but for the result) with the rows.
@@ -157,11 +150,12 @@ def sort_cross_entropy(
     if student.shape != teacher.shape or student.ndim != 2:
         raise NecoError(f"student and teacher must both be (R, n), got {(*student.shape,)} and {(*teacher.shape,)}")
     student = at_least_float32(student)
-    dtype = torch.float64 if network == "odd_even" and student_steepness > FLOAT32_ODD_EVEN else student.dtype
-    x, y = (v.detach().to(dtype) * s for v, s in ((student, student_steepness), (teacher, teacher_steepness)))
+    steepness = [relaxation.steepness if s is None else s for s in (student_steepness, teacher_steepness)]
+    dtype = torch.float64 if steepness[0] > relaxation.float32.get(network, math.inf) else student.dtype
+    x, y = (v.detach().to(dtype) * s for v, s in zip((student, teacher), steepness, strict=True))
     if torch.is_grad_enabled() and student.requires_grad:
-        return _SortCrossEntropy.apply(student, x, y, network, student_steepness)
-    loss, entropy = _sort_cross_entropy(x, y, network, None)
+        return _SortCrossEntropy.apply(student, x, y, network, relaxation, steepness)
+    loss, entropy = _sort_cross_entropy(x, y, network, relaxation, steepness, None)
     return loss.to(student), entropy.to(student)
 
 
@@ -172,10 +166,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 class _SortCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, x, y, network, steepness):  # type: ignore[override]
+    def forward(ctx, student, x, y, network, relaxation, steepness):  # type: ignore[override]
         gradient = torch.empty_like(x)
-        loss, entropy = _sort_cross_entropy(x, y, network, gradient)
-        ctx.save_for_backward(gradient.mul_(steepness).to(student))
+        loss, entropy = _sort_cross_entropy(x, y, network, relaxation, steepness, gradient)
+        ctx.save_for_backward(gradient.mul_(steepness[0]).to(student))
         loss, entropy = loss.to(student), entropy.to(student)
         ctx.mark_non_differentiable(entropy)
         return loss, entropy
@@ -183,10 +177,17 @@ class _SortCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, loss, entropy):  # type: ignore[override]
-        return ctx.saved_tensors[0] * loss[:, None], None, None, None, None
+        return ctx.saved_tensors[0] * loss[:, None], None, None, None, None, None
 
 
-def _sort_cross_entropy(x: Tensor, y: Tensor, network: Network, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sort_cross_entropy(
+    x: Tensor,
+    y: Tensor,
+    network: Network,
+    relaxation: Relaxation,
+    steepness: Sequence[float],
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Loss and entropy (R,) of x, y (R, n), each times its steepness; fills `gradient` (R, n) = d loss / d x if given.
 
     An engine is a function with this signature.
@@ -199,7 +200,7 @@ def _sort_cross_entropy(x: Tensor, y: Tensor, network: Network, gradient: Tensor
 
     def work(starts: range) -> None:
         with torch.inference_mode(x.is_inference()):  # a mode belongs to its thread
-            sorter = _Sorter(network, n, chunk, x)
+            sorter = _Sorter(network, relaxation, steepness, n, chunk, x)
             for start in starts:
                 part = slice(start, start + chunk)
                 sorter(x[part], y[part], loss[part], entropy[part], None if gradient is None else gradient[part])
@@ -229,8 +230,8 @@ class _Block(NamedTuple):
     sign: Tensor
     gap: Tensor
     share: Tensor
-    share_student: Tensor
-    share_teacher: Tensor
+    shares_student: tuple[Tensor, ...]  # the share and, of light relaxations, what it leaves of 1
+    shares_teacher: tuple[Tensor, ...]
     stored: Tensor
     scratch: Tensor
     grad_share: Tensor
@@ -241,7 +242,11 @@ class _Block(NamedTuple):
 class _Sorter:
     """Buffers for R rows, wires first and rows last so that every operation runs along contiguous rows, in place."""
 
-    def __init__(self, network: Network, n: int, rows: int, like: Tensor) -> None:
+    def __init__(
+        self, network: Network, relaxation: Relaxation, steepness: Sequence[float], n: int, rows: int, like: Tensor
+    ) -> None:
+        self.relaxation = relaxation
+        self.steepness = like.new_tensor(steepness).repeat_interleave(rows)
         plan = comparators(network, n)
         margin = max(0, *(max(-b.item, b.item + (b.blocks - 1) * b.item_step + b.items - n) for b in plan))
         total, stored = sum(b.size for b in plan), sum(b.size * b.items for b in plan)
@@ -250,7 +255,7 @@ class _Sorter:
         self.student, self.teacher = padded[:, :, margin : margin + n]
         signs = torch.tensor([-sign for b in plan for sign in b.signs for _ in range(b.size // b.blocks)])
         self.sign = signs.to(like, non_blocking=True)[:, None]  # v = sign (a - b)
-        self.gap, self.share = like.new_empty(2, total, 2 * rows)
+        self.gap, *self.shares = like.new_empty(3 if relaxation.light else 2, total, 2 * rows)
         self.mix, self.push, self.grad_share = like.new_empty(3, total, rows)
         differences = like.new_empty(stored, rows)
         scratch = like.new_empty(max(b.size * b.items for b in plan), rows)
@@ -258,7 +263,7 @@ class _Sorter:
         for b in plan:
             one, every = (b.blocks, b.runs, b.width, 1, -1), (b.blocks, b.runs, b.width, b.items, rows)
             part, size = slice(at, at + b.size), b.size * b.items
-            share = self.share[part].view(one)
+            shares = [share[part].view(one) for share in self.shares]
             self.blocks.append(
                 _Block(
                     values=b.sides(self.values),
@@ -267,9 +272,9 @@ class _Sorter:
                     grad=b.sides(self.values[..., :rows]),
                     sign=self.sign[part].view(one),
                     gap=self.gap[part].view(one),
-                    share=share,
-                    share_student=share[..., :rows],
-                    share_teacher=share[..., rows:],
+                    share=shares[0],
+                    shares_student=tuple(share[..., :rows] for share in shares),
+                    shares_teacher=tuple(share[..., rows:] for share in shares),
                     stored=differences[kept : kept + size].view(every),
                     scratch=scratch[:size].view(every),
                     grad_share=self.grad_share[part].view(b.blocks, b.runs, b.width, rows),
@@ -287,16 +292,18 @@ class _Sorter:
         self.values[:, 0, :r], self.values[:, 0, rows : rows + r] = x.t(), y.t()
         for b in self.blocks:
             torch.sub(*b.values, out=b.gap)
-            swap_share(b.gap * b.sign, out=b.share)
-            _exchange(b.values, b.share, b.gap)
+            self.relaxation.share(b.gap * b.sign, self.steepness, out=b.share)
+            _exchange(b.values, (b.share,), b.gap, b.gap)
+        for rest in self.shares[1:]:
+            self.relaxation.share(self.gap * -self.sign, self.steepness, out=rest)
         for matrix in self.student, self.teacher:
             matrix.zero_().diagonal().fill_(1)
         for b in self.blocks:
             torch.sub(*b.teacher, out=b.scratch)
-            _exchange(b.teacher, b.share_teacher, b.scratch)
+            _exchange(b.teacher, b.shares_teacher, b.scratch, b.scratch)
         for b in self.blocks:
             torch.sub(*b.student, out=b.stored)
-            _exchange(b.student, b.share_student, b.stored)
+            _exchange(b.student, b.shares_student, b.stored, b.scratch)
 
         p, q, tiny = self.student, self.teacher, torch.finfo(x.dtype).tiny
         loss.copy_(p.clamp_min_(tiny).log().mul_(q).sum((0, 1))[:r].div_(-n))
@@ -307,11 +314,11 @@ class _Sorter:
         torch.div(q, p, out=p).masked_fill_(lost, 0)  # -n dloss/dP, in P's place
         for b in reversed(self.blocks):  # a layer is symmetric: its transpose is itself
             torch.sub(*b.student, out=b.scratch)
-            _exchange(b.student, b.share_student, b.scratch)
             torch.sum(b.stored.mul_(b.scratch), 3, out=b.grad_share)  # -dloss/dshare
+            _exchange(b.student, b.shares_student, b.scratch, b.scratch)
         # share(gap) gap leaves side a for side b; what depends on the gap, for all comparators at once
-        gap, share = self.gap[:, :rows], self.share[:, :rows]
-        slope = swap_slope(gap * self.sign).mul_(self.sign)
+        gap, share = self.gap[:, :rows], self.shares[0][:, :rows]
+        slope = self.relaxation.slope(gap * self.sign, self.steepness[:rows]).mul_(self.sign)
         torch.addcmul(share, gap, slope, out=self.mix)
         torch.mul(self.grad_share, slope, out=self.push)
         self.values.zero_()
@@ -322,7 +329,17 @@ class _Sorter:
         gradient.copy_(self.values[:, 0, :r].t().div(-n))
 
 
-def _exchange(sides: tuple[Tensor, Tensor], share: Tensor, difference: Tensor) -> None:
-    """Move `share` of the difference a - b from side a to side b, in place. Shares at most 1 leave nothing negative."""
-    sides[0].addcmul_(share, difference, value=-1)
-    sides[1].addcmul_(share, difference)
+def _exchange(sides: tuple[Tensor, Tensor], shares: tuple[Tensor, ...], difference: Tensor, scratch: Tensor) -> None:
+    """Move a share of the difference a - b from side a to side b, in place. Shares at most 1 leave nothing negative.
+
+    Where 1 - share comes with its own relative precision the result keeps that, and overwrites `scratch`.
+    """
+    a, b = sides
+    share, *rest = shares
+    if not rest:
+        a.addcmul_(share, difference, value=-1)
+        b.addcmul_(share, difference)
+    else:
+        torch.mul(a, share, out=scratch)
+        a.mul_(rest[0]).addcmul_(b, share)
+        b.mul_(rest[0]).add_(scratch)

@@ -5,12 +5,14 @@ Shapes: B images, H W pixels, h w patches, g patches per side at the pretraining
 
 import difflib
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -58,7 +60,8 @@ class Backbone(nn.Module):
     """A ViT of timm (`VisionTransformer`: DINO, DINOv2, ...; `Eva`: DINOv3, ...), built with random weights.
 
     `neco.model.weights.load` fills it. Attributes: `patch`, `dim`, `depth`, `size`; `net`, the timm network;
-    `spec`, what features depend on besides the weights (for cache keys).
+    `spec`, what features depend on besides the weights (for cache keys); `recompute`, set it to keep of each block only
+    its input and compute the rest again in the backward pass: same gradients, less memory.
 
     Args:
         name: timm's name of the network, with its tag (`vit_small_patch14_dinov2.lvd142m`).
@@ -94,6 +97,7 @@ class Backbone(nn.Module):
         self.dim: int = self.net.embed_dim
         self.depth = len(self.net.blocks)
         self.size, self.pos_interp, self.weights = size, pos_interp, weights
+        self.recompute = False
         self.spec: dict[str, Any] = dict(name=name, size=size, pos_interp=pos_interp, registers=registers, arch=arch)
         if size % self.patch:
             raise NecoError(f"model.size={size} is no multiple of the patch of {name}, {self.patch} pixels")
@@ -114,7 +118,7 @@ class Backbone(nn.Module):
         """
         tokens, rope, (h, w) = self._embed(images)
         for block in self.net.blocks:
-            tokens = _apply(block, tokens, rope)
+            tokens = self._block(block, tokens, rope)
         return self._patches(tokens, h, w)
 
     def attention(self, images: Tensor) -> Tensor:
@@ -132,14 +136,25 @@ class Backbone(nn.Module):
         tokens, rope, (h, w) = self._embed(images)
         *blocks, last = self.net.blocks
         for block in blocks:
-            tokens = _apply(block, tokens, rope)
+            tokens = self._block(block, tokens, rope)
         attention = _cls_attention(last, tokens, rope)[..., self.prefix :]
-        return self._patches(_apply(last, tokens, rope), h, w), attention.unflatten(-1, (h, w))
+        return self._patches(self._block(last, tokens, rope), h, w), attention.unflatten(-1, (h, w))
 
     @property
     def prefix(self) -> int:
         """Number of tokens before the patches: CLS and registers."""
         return self.net.num_prefix_tokens
+
+    def place(self, name: str) -> int:
+        """Where a parameter of this module stands: 0 before the blocks, 1..depth in a block, depth + 1 after them."""
+        if found := re.match(r"net\.blocks\.(\d+)\.", name):
+            return 1 + int(found.group(1))
+        return self.depth + 1 if name.startswith("net.norm.") else 0
+
+    def _block(self, block: nn.Module, tokens: Tensor, rope: Tensor | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(_apply, block, tokens, rope, use_reentrant=False)
+        return _apply(block, tokens, rope)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """Tokens (B, T, D) before the first block, rotary embedding or None, (h, w)."""

@@ -21,6 +21,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 from torch import Tensor, nn
 
 from neco.errors import NecoError
+from neco.model import lora
 from neco.model.backbone import Backbone
 from neco.progress import track
 
@@ -67,7 +68,8 @@ class Report:
     """What `load` did: where the weights came from, which network of the file, how its keys were used.
 
     `hash` is `weights_hash` of the backbone afterwards, `ignored` maps keys of the network that were not needed to
-    the reason, `outside` counts the tensors of the file that belong to something else (other networks, optimiser).
+    the reason, `outside` counts the tensors of the file that belong to something else (other networks, optimiser),
+    `merged` the weights that had adapters.
     """
 
     source: str
@@ -77,6 +79,7 @@ class Report:
     matched: int = 0
     ignored: dict[str, str] = field(default_factory=dict)
     outside: int = 0
+    merged: int = 0
 
     def __str__(self) -> str:
         if not self.matched:
@@ -84,7 +87,9 @@ class Report:
         left = "".join(f", {key} ignored ({why})" for key, why in self.ignored.items())
         network = "" if self.which == "only" else f", {self.which}"
         outside = f", {self.outside} tensors outside the network" if self.outside else ""
-        return f"weights {self.hash}: {self.source} ({self.format}{network}), {self.matched} matched{left}{outside}"
+        merged = f", adapters merged into {self.merged}" if self.merged else ""
+        told = f"{self.matched} matched{merged}{left}{outside}"
+        return f"weights {self.hash}: {self.source} ({self.format}{network}), {told}"
 
 
 def load(backbone: Backbone, source: str | Path | None = None, which: Which = "auto") -> Report:
@@ -112,18 +117,24 @@ def load(backbone: Backbone, source: str | Path | None = None, which: Which = "a
         raise NecoError(f"weights={which}: {source} holds {found}; use weights=auto")
     prefix = networks[role]
     inside = {key.removeprefix(prefix): value for key, value in held.items() if key.startswith(prefix)}
-    state, ignored = match(backbone, inside, f"{source} ({layout})")
+    folded = lora.fold(inside)
+    state, ignored = match(backbone, folded, f"{source} ({layout})")
     backbone.net.load_state_dict(state)
-    outside = len(held) - len(inside)
-    return Report(source, layout, role, weights_hash(backbone), len(state), ignored, outside)
+    outside, merged = len(held) - len(inside), len(folded.keys() - inside.keys())
+    return Report(source, layout, role, weights_hash(backbone), len(state), ignored, outside, merged)
 
 
 def weights_hash(module: nn.Module) -> str:
-    """First 12 digits of the SHA-256 over names, types, shapes and bytes of a module's state, sorted by name."""
+    """First 12 digits of the SHA-256 over names, types, shapes and bytes of a module's state, sorted by name.
+
+    Adapters are merged first, so that it is the hash of the plain network that `load` makes of them.
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(lora.fold(module.state_dict()).items()):
+        if hasattr(value, "full_tensor"):  # sharded: every process asks, every process gets the whole
+            value = value.full_tensor()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
 
 

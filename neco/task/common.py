@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -13,7 +14,8 @@ import timm
 import torch
 from torch import nn
 
-from neco.config import Settings, call
+from neco import devices
+from neco.config import Settings, Train, call
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
 from neco.model import last_checkpoint
@@ -29,6 +31,17 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise NecoError("device=cuda: no GPU is available here; use device=auto or device=cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_devices(options: Train, device: torch.device) -> None:
+    """Raises NecoError when there are fewer GPUs than asked for, or torchrun started another number of processes."""
+    if device.type == "cuda" and options.devices > (there := torch.cuda.device_count()):
+        raise NecoError(f"train.devices={options.devices}: this machine has {there} GPUs")
+    if "TORCHELASTIC_RUN_ID" in os.environ and devices.launched() != options.processes:
+        raise NecoError(
+            f"torchrun started {devices.launched()} processes, train.devices={options.devices} x "
+            f"train.nodes={options.nodes} asks for {options.processes}: make them equal"
+        )
 
 
 def device_name(device: torch.device) -> str:

@@ -1,5 +1,6 @@
 """task=eval: run the selected evaluations on a backbone."""
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from neco import results
+from neco import devices, results
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
@@ -49,14 +50,17 @@ def prepare(settings: Settings) -> Job:
 
 def main(settings: Settings, job: Job, output: Path) -> float | None:
     """Evaluate and record; returns the first number of the first evaluation."""
-    with locked(output):
-        results.describe(output, settings.config, settings.overrides, device_name(job.device))
+    devices.join()
+    leads = devices.leader()
+    with locked(output) if leads else contextlib.nullcontext():
+        if leads:
+            results.describe(output, settings.config, settings.overrides, device_name(job.device))
         torch.manual_seed(settings.run.seed)
         backbone = build(job.model, "model")
         report = weights.load(backbone, job.source, job.which)
         log.info("%s: %s", job.model["name"], report)
-        store = results.Results(output)
-        loggers = settings.build_all("logger", folder=output, step=0)
+        store = results.Results(output, writes=leads)
+        loggers = settings.build_all("logger", folder=output, step=0) if leads else {}
         network = {"only": "backbone"}.get(report.which, report.which)
         name = settings.choices["dataset"]
         measure(

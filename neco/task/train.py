@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,24 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from neco import results
-from neco.augment.views import Views
+from neco import devices, results
+from neco.augment.views import Views, show
 from neco.config import Settings, Train, call
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.model import weights
 from neco.model.backbone import Backbone, Outline
-from neco.task.common import check_evaluations, choose_device, device_name, locked, measure, source_of_weights
-from neco.training import data, memory
+from neco.task.common import (
+    check_devices,
+    check_evaluations,
+    choose_device,
+    device_name,
+    locked,
+    measure,
+    source_of_weights,
+)
+from neco.training import data, memory, strategies, trainable
+from neco.training.bad import BadImages, Limits, look
 from neco.training.loop import Checkpoints, Loop, Plan
 from neco.training.module import PostTraining
 from neco.training.references import check_queue
@@ -37,8 +47,12 @@ FREE = {
     "eval",
     "val_dataset",
     "dataset.root",
+    "dataset.max_bad",
 }
 FREE |= {f"train.{key}" for key in ("resume", "workers", "eval_epochs", "save_epochs", "save_minutes", "log_steps")}
+FREE |= {f"train.{key}" for key in ("devices", "nodes", "strategy", "checkpoint_activations")}
+# What decides which parameters the optimiser's state belongs to: nobody can go on with other ones.
+FIXED = ("train.blocks", "train.embeddings", "train.lora_rank", "train.lora_alpha", "optim.layer_decay")
 
 
 @dataclass
@@ -46,6 +60,8 @@ class Job:
     """What `prepare` found out."""
 
     samples: list[Sample]
+    shares: list[tuple[int, int]]
+    limits: Limits
     views: Views
     outline: Outline
     plan: Plan
@@ -55,15 +71,18 @@ class Job:
 
 
 def prepare(settings: Settings) -> Job:
-    """Cross-check the configuration and list the files; reads no image and builds no network.
+    """Cross-check the configuration, list the files and look at a few; builds no network.
 
     Raises NecoError for whatever would fail later.
     """
     options: Train = settings.spine["train"]
     device = choose_device(settings.run.device)
+    check_devices(options, device)
     values = {key: value for key, value in settings.config["model"].items() if key != "_target_"}
     outline = call(Backbone.outline, "model", **values)
     views = call(settings.build("augment").resolve, "augment", patch=outline.patch, size=outline.size)
+    with torch.device("meta"):
+        trainable.restrict(Backbone(**values), options)
     source_of_weights(settings)
     if options.resume not in ("auto", "never") and not Path(options.resume).expanduser().is_file():
         raise NecoError(f"train.resume={options.resume}: no such file; auto goes on with the run found in run_dir")
@@ -71,10 +90,14 @@ def prepare(settings: Settings) -> Job:
     samples = call(dataset.samples, "dataset", split="train")
     if not samples:
         raise NecoError(f"dataset: the train split of {settings.choices['dataset']} is empty")
-    plan = Plan(len(samples), options)
+    shares, limits = dataset.shares(samples), dataset.bad_limits(samples)
+    look(samples, limits)
+    plan = Plan(sum(seen for _, seen in shares), options)
     loss = settings.build("loss")
     if loss.references == "queue":
-        check_queue(loss.queue_size, options.batch_size // options.accumulate, loss.grid)
+        check_queue(loss.queue_size, options.batch_size // options.accumulate, loss.reference_count)
+    if loss.references == "batch_other" and options.micro_batch * options.processes == 1:
+        raise NecoError("loss.references=batch_other: a batch of one image has no other; raise train.batch_size")
     val, val_name = dataset, settings.choices["dataset"]
     if settings.config.get("val_dataset"):
         val, val_name = settings.build("val_dataset"), settings.choices["dataset@val_dataset"]
@@ -87,11 +110,17 @@ def prepare(settings: Settings) -> Job:
         check_evaluations(settings, val, outline.patch)
     else:
         val = None
-    return Job(samples, views, outline, plan, val, val_name, device)
+    if options.monitor and not (val and options.monitor.split("/")[0] in settings.config["eval"]):
+        chosen = ", ".join(settings.config["eval"]) if val else "nothing"
+        wanted = "name EVALUATION/NETWORK/METRIC of a selected one"
+        raise NecoError(f"train.monitor={options.monitor}: {chosen} is evaluated; {wanted}")
+    return Job(samples, shares, limits, views, outline, plan, val, val_name, device)
 
 
 def main(settings: Settings, job: Job, output: Path) -> float | None:
     """Train, or go on with the run found in `output`; returns the last number of the first evaluation's teacher."""
+    if not devices.leader():
+        return _train(settings, job, output)
     with locked(output):
         return _train(settings, job, output)
 
@@ -99,13 +128,16 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
 def _train(settings: Settings, job: Job, output: Path) -> float | None:
     options: Train = settings.spine["train"]
     plan, device = job.plan, job.device
-    listing = hashlib.sha256("\n".join(sample.key for sample in job.samples).encode()).hexdigest()[:12]
+    names = "\n".join(sample.key for sample in job.samples)
+    listing = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:12]  # file names are any bytes
     saved = {"config": settings.config, "files": listing}
     checkpoints = Checkpoints(output / "checkpoints")
     resume = _find(options.resume, checkpoints.last, saved)
     done = torch.load(resume, weights_only=True, mmap=True, map_location="cpu")["global_step"] if resume else 0
-    results.describe(output, settings.config, settings.overrides, device_name(device))
-    store = results.Results(output)
+    leads = devices.leader()
+    if leads:
+        results.describe(output, settings.config, settings.overrides, device_name(device))
+    store = results.Results(output, writes=leads)
     store.drop_after(done)
 
     torch.manual_seed(settings.run.seed)
@@ -113,32 +145,50 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
     start = f"step {done} of {resume}" if resume else str(weights.load(backbone, *source_of_weights(settings)))
     module = PostTraining(
         backbone, settings.build("head", dim=job.outline.dim), settings.build("loss"),
-        options=options, optim=settings.spine["optim"], sizes=job.views.sizes, global_views=job.views.global_views,
+        options=options, optim=settings.spine["optim"], global_views=job.views.global_views,
         steps=plan.steps, seed=settings.run.seed,
     )  # fmt: skip
     module.saved = saved
-    loggers = settings.build_all("logger", folder=output, step=done)
+    loggers = settings.build_all("logger", folder=output, step=done) if leads else {}
     for logger in loggers.values():
         logger.log_hyperparams(settings.config)
 
-    def evaluate(trained: PostTraining, step: int) -> None:
+    def evaluate(trained: PostTraining, step: int) -> bool:
         if job.val:
-            networks = {"student": trained.student.backbone, "teacher": trained.teacher.backbone}
+            networks = {"student": trained.student.backbone}
+            if trained.teacher and options.teacher == "ema":  # else its backbone never moves
+                networks["teacher"] = trained.teacher.backbone
             epoch = round(plan.epoch(step), 4)
             measure(settings, store, networks, job.val, job.val_name, device, step, epoch, loggers.values())
+        if not options.monitor:
+            return False
+        history = store.history(options.monitor)
+        best = max(history, key=lambda pair: pair[1])[0]
+        if best == step and leads:
+            checkpoints.keep(checkpoints.last, "best.ckpt")
+        waited = sum(later > best for later, _ in history)
+        if enough := bool(options.patience) and waited >= (options.patience or 0):
+            log.info("stopped at step %d: %s was best at step %d (best.ckpt)", step, options.monitor, best)
+        return enough
 
     bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
     _announce(settings, job, module, start, output, bf16)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # broken metadata of images that can be read
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
+        devices=options.devices,
+        num_nodes=options.nodes,
+        strategy=strategies.strategy(options, device),
         precision="bf16-mixed" if bf16 else "32-true",
         max_epochs=1,  # one stream over all epochs, see Positions
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.clip,
-        callbacks=[Loop(plan, checkpoints, evaluate)],
+        callbacks=[
+            BadImages(output, job.samples, job.limits),
+            Loop(plan, checkpoints, evaluate),
+        ],
         logger=list(loggers.values()),
         default_root_dir=output,
         use_distributed_sampler=False,
@@ -148,20 +198,24 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
     )
     if done < plan.steps:
         views = data.MultiView(job.samples, job.views, settings.run.seed)
-        micro = options.batch_size // options.accumulate
+        micro = options.batch_size // options.accumulate  # of all devices
         positions = data.Positions(
-            len(job.samples), micro, plan.steps * options.accumulate, settings.run.seed, done * options.accumulate
-        )
+            plan.images, micro, plan.steps * options.accumulate, settings.run.seed, done * options.accumulate,
+            job.shares,
+        )  # fmt: skip
         loader = data.loader(views, positions, options.workers, pin=device.type == "cuda")
         trainer.fit(module, loader, ckpt_path=resume)
+        done = trainer.global_step
     else:
         log.info("all %d steps are done", done)
+        devices.join()
         module.load_state_dict(torch.load(resume, weights_only=True, map_location="cpu")["state_dict"])  # type: ignore[arg-type]
+        done = plan.steps
     module.to(device)
-    evaluate(module, plan.steps)
+    evaluate(module, done)
     for logger in loggers.values():
         logger.finalize("success")
-    return _conclude(settings, job, store, output)
+    return _conclude(settings, job, store, output, done)
 
 
 def _find(resume: str, last: Path, saved: dict[str, Any]) -> Path | None:
@@ -179,6 +233,11 @@ def _find(resume: str, last: Path, saved: dict[str, Any]) -> Path | None:
     changed = _differences(before["config"], saved["config"])
     if before["files"] != saved["files"]:
         changed.append("the list of training images")
+    if fixed := [change for change in changed if change.startswith(FIXED) and ": None ->" not in change]:  # None: older
+        raise NecoError(
+            f"train.resume={resume}: {path} trains other parameters: {'; '.join(fixed)}. To start from its weights: "
+            f"checkpoint={path} and another run_dir"
+        )
     if changed and resume == "auto":
         raise NecoError(
             f"run_dir={last.parent.parent} holds a run with another configuration: {'; '.join(changed)}. "
@@ -192,11 +251,14 @@ def _find(resume: str, last: Path, saved: dict[str, Any]) -> Path | None:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`key: old -> new` for what makes it another run."""
 
+    def free(key: str) -> bool:
+        return re.sub(r"(?<=^dataset)(\.parts\.[^.]+)+", "", key) in FREE
+
     def flat(node: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(node, dict):
             return {prefix: node}
         pairs = ((key if not prefix else f"{prefix}.{key}", value) for key, value in node.items())
-        return {k: v for key, value in pairs if key not in FREE for k, v in flat(value, key).items()}
+        return {k: v for key, value in pairs if not free(key) for k, v in flat(value, key).items()}
 
     old, new = flat(before), flat(now)
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
@@ -205,27 +267,33 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _announce(settings: Settings, job: Job, module: PostTraining, start: str, output: Path, bf16: bool) -> None:
     """Say what is going to happen, before it does. `start`: where the weights come from."""
     plan, outline, options = job.plan, job.outline, job.plan.options
-    sizes = job.views.sizes
+    sizes = [job.views.scaled(factor).sizes for factor in sorted(job.views.multi_scale)]
+    trained_on = sizes[-1] if job.views.global_views > 1 else sizes[-1][1:]  # see PostTraining.training_step
 
     def millions(part: torch.nn.Module, trained: bool) -> str:
         return f"{sum(p.numel() for p in part.parameters() if p.requires_grad == trained) / 1e6:.2f} M"
 
-    trained = [f"{millions(getattr(module.student, part), True)} of the {part}" for part in ("backbone", "head")]
+    backbone, head = module.student.backbone, module.student.head
+    whole = all(p.requires_grad for p in backbone.parameters())
+    frozen = "" if whole else f"; frozen: {millions(backbone, False)} of the backbone"
     marks = sorted({0, *plan.marks(options.eval_epochs), plan.steps})
-    needed = memory.estimate(module, sizes, options.batch_size // options.accumulate, bf16, job.device)
+    needed = memory.estimate(module, trained_on, options.micro_batch, bf16, job.device)
     total = memory.total(job.device)
+    clean = "; the teacher sees them clean" if job.views.teacher == "clean" else ""
+    parts = [f"{images}" + (f" ({seen} an epoch)" if seen != images else "") for images, seen in job.shares]
     lines = {
-        "data": f"{settings.choices['dataset']}: {plan.images} images",
+        "data": f"{settings.choices['dataset']}: {' + '.join(parts)} images",
         "backbone": f"{settings.choices['model']}: patch {outline.patch}, width {outline.dim}, {outline.depth} blocks",
         "start": start,
-        "trained": f"{' + '.join(trained)}; frozen: the teacher, {millions(module, False)}",
-        "views": " + ".join(f"{sizes.count(size)} x {size}" for size in dict.fromkeys(sizes)) + " pixels",
+        "trained": f"{millions(backbone, True)} of the backbone ({trainable.describe(backbone)}) + "
+        f"{millions(head, True)} of the head{frozen}; teacher: {options.teacher}",
+        "views": f"{' or '.join(dict.fromkeys(map(_views, sizes)))} pixels{clean}",
         "steps": f"{plan.steps} of {options.batch_size} images, {plan.epoch(plan.steps):.4g} epochs",
         "evaluation": f"{', '.join(settings.config['eval'])} on {job.val_name} at steps {_few(marks)}"
         if job.val
         else "none",
         "memory": f"about {needed / memory.GB:.2f} GB at the peak, of {total / memory.GB:.1f} GB",
-        "device": f"{device_name(job.device)}, {'bf16' if bf16 else 'fp32'}",
+        "device": f"{device_name(job.device)}, {'bf16' if bf16 else 'fp32'}{strategies.describe(options)}",
         "writes": str(output),
     }
     for name, text in lines.items():
@@ -234,11 +302,15 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
         log.warning("likely to run out of memory: lower train.batch_size, raise train.accumulate or make views smaller")
 
 
+def _views(sizes: list[tuple[int, int]]) -> str:
+    return " + ".join(f"{sizes.count(size)} x {show(size)}" for size in dict.fromkeys(sizes))
+
+
 def _few(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers if len(numbers) <= 6 else [*numbers[:3], "...", *numbers[-2:]]))
 
 
-def _conclude(settings: Settings, job: Job, store: results.Results, output: Path) -> float | None:
+def _conclude(settings: Settings, job: Job, store: results.Results, output: Path, step: int) -> float | None:
     """Print the before/after table, what was written and what to do next; return the objective of a sweep."""
     last = output / "checkpoints" / "last.ckpt"
     if job.val:
@@ -250,7 +322,12 @@ def _conclude(settings: Settings, job: Job, store: results.Results, output: Path
         if job.val_name == settings.choices["dataset"]
         else []
     )
-    command = ["python -m neco task=eval weights=teacher", f"checkpoint={output}", f"dataset={job.val_name}", *same]
+    result = "teacher" if job.plan.options.teacher == "ema" else "student"
+    command = [f"python -m neco task=eval weights={result}", f"checkpoint={output}", f"dataset={job.val_name}", *same]
     log.info("evaluate    %s", " ".join(command))
-    final = [r for r in store.records if r["step"] == job.plan.steps and r["network"] == "teacher"]
+    if monitor := job.plan.options.monitor:
+        best, value = max(store.history(monitor), key=lambda pair: pair[1])
+        log.info("best        %s, step %d: %s = %.4f", last.with_name("best.ckpt"), best, monitor, value)
+        return value
+    final = [r for r in store.records if r["step"] == step and r["network"] == result]
     return next(iter(final[0]["metrics"].values())) if final else None

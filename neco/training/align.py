@@ -9,24 +9,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from neco.values import sides
+
 
 def pair_order(global_views: int, views: int) -> list[tuple[int, int]]:
     """Each global view with each other view, global view first: (0, 1), (0, 2), ..., (1, 0), (1, 2), ..."""
     return [(g, v) for g in range(global_views) for v in range(views) if v != g]
 
 
-def pair_boxes(crops: Tensor, sizes: Sequence[int] | Tensor, global_views: int) -> tuple[Tensor, Tensor]:
+def pair_boxes(
+    crops: Tensor, sizes: Sequence[int | tuple[int, int]] | Tensor, global_views: int
+) -> tuple[Tensor, Tensor]:
     """What each global view shares with each view, in the pixels of either.
 
     Args:
         crops: (B, V, 4) integer rectangles in image pixels; every view overlaps every global one.
-        sizes: (V,) side of each view in pixels.
+        sizes: (V,) side of each view in pixels, or its (height, width).
 
     Returns:
         on_global (B, G, V, 4), the intersection of g and v in the frame of g, and on_view (B, V, G, 4), in that of v.
-        float32, a share of the crop times the view's side, as published.
+        float32, a share of the crop times the view's side along that axis, as published.
     """
-    side = torch.stack([crops.new_full((1, 1), int(size)) for size in sizes])  # made on the device: nothing waits
+    sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    pixels = [n for size in sizes for n in reversed(sides(size))]  # width, height of view 0, 1, ...
+    side = torch.stack([crops.new_full((), n) for n in pixels]).view(-1, 1, 2)  # made on the device: nothing waits
     view = torch.stack([crops[..., :2], crops[..., 2:]], dim=-2)  # (B, V, 2 corners, xy)
     origin, extent = view[..., :1, :], view[..., 1:, :] - view[..., :1, :]
     low = torch.maximum(view[:, :global_views, None, 0], view[:, None, :, 0])
@@ -78,7 +84,7 @@ def _weights(low: Tensor, high: Tensor, size: int, grid: int) -> Tensor:
 
 def align_pairs(
     teacher: Tensor,
-    student_global: Tensor,
+    student_global: Tensor | None,
     student_local: Tensor | None,
     on_global: Tensor,
     on_view: Tensor,
@@ -89,7 +95,7 @@ def align_pairs(
     """The shared region of every pair: as the student sees it in v, as the teacher sees it in g.
 
     Args:
-        teacher, student_global: (G, B, h, w, D) patch maps of the global views.
+        teacher, student_global: (G, B, h, w, D) patch maps of the global views; a single one needs no student's.
         student_local: (L, B, h', w', D), None or empty without local views.
         on_global, on_view: boxes in view pixels, from `pair_boxes`.
 
@@ -101,12 +107,19 @@ def align_pairs(
     by_view = sorted(order, key=lambda pair: pair[1])  # (g, v) with v a global view first, as the student's maps come
     split = len(order) - (views - len(teacher)) * len(teacher)
 
-    def cells(maps: Tensor, boxes: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
-        """(K, B, h, w, D) maps with as many of the pairs each -> (pairs, B, N, D)."""
-        regions = torch.stack([boxes[:, g, v] for g, v in pairs], dim=1).unflatten(1, (len(maps), -1)) / patch
-        return roi_align(maps, regions.transpose(0, 1), grid).transpose(1, 2).flatten(0, 1)
-
     on_view = on_view.transpose(1, 2)
     groups = (student_global, by_view[:split]), (student_local, by_view[split:])
-    student = [row for maps, pairs in groups if pairs and maps is not None for row in cells(maps, on_view, pairs)]
-    return torch.stack([student[by_view.index(pair)] for pair in order]), cells(teacher, on_global, order)
+    student = [
+        row
+        for maps, pairs in groups
+        if pairs and maps is not None
+        for row in align(maps, on_view, pairs, patch=patch, grid=grid)
+    ]
+    teacher = align(teacher, on_global, order, patch=patch, grid=grid)
+    return torch.stack([student[by_view.index(pair)] for pair in order]), teacher
+
+
+def align(maps: Tensor, boxes: Tensor, pairs: list[tuple[int, int]], *, patch: int, grid: int) -> Tensor:
+    """Maps (K, B, h, w, D) with as many of the pairs each, boxes (B, G, V, 4) in pixels -> (pairs, B, N, D)."""
+    regions = torch.stack([boxes[:, g, v] for g, v in pairs], dim=1).unflatten(1, (len(maps), -1)) / patch
+    return roi_align(maps, regions.transpose(0, 1), grid).transpose(1, 2).flatten(0, 1)

@@ -1,27 +1,60 @@
 """Training input: which image at which position, and its views as uint8 tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from neco.augment.views import Views, view_rng
+from neco import devices
+from neco.augment.views import Views, batch_scale, view_rng
 from neco.dataset.base import Sample, read_image
+from neco.errors import NecoError
 
-Position = tuple[int, int]  # epoch, index of the sample
+# Epoch, index of the sample (its second time in an epoch: index + number of samples, ...), number of the batch
+Position = tuple[int, int, int]
+OTHERS = 100  # images tried in the place of one that cannot be read
+
+
+def contents(shares: Sequence[tuple[int, int]], epoch: int, seed: int) -> np.ndarray:
+    """The indices that an epoch sees, before they are shuffled, of shares (images, how many of them an epoch sees).
+
+    An epoch goes on where the one before it stopped in a fixed random round over the images of a share, so none comes
+    again before all the others came.
+    """
+    total, first, parts = sum(images for images, _ in shares), 0, []
+    for part, (images, seen) in enumerate(shares):
+        places = np.arange(seen)
+        indices = (epoch * seen + places) % images
+        if seen % images:
+            philox = np.random.Philox(key=[seed, 0], counter=[0, 2, 0, part])
+            indices = np.random.Generator(philox).permutation(images)[indices]
+        parts.append(first + indices + places // images * total)
+        first += images
+    return np.concatenate(parts)
 
 
 class Positions(Sampler[list[Position]]):
-    """Batches of (epoch, index) as one stream over all epochs, each epoch its own permutation.
+    """Batches of (epoch, index, number of the batch) as one stream over all epochs, each epoch its own permutation.
 
     A pure function of (seed, batch number): a run that resumes at any batch sees what it would have seen. A batch may
-    hold the end of one epoch and the start of the next, so no image is dropped and none is repeated within an epoch.
+    hold the end of one epoch and the start of the next, so no image is dropped and none is repeated within an epoch,
+    except where `shares` (see `contents`) say so; without them an epoch sees each of `images` once. `batch` counts the
+    images of all processes; each takes a consecutive part.
     """
 
-    def __init__(self, images: int, batch: int, batches: int, seed: int, start: int = 0) -> None:
+    def __init__(
+        self,
+        images: int,
+        batch: int,
+        batches: int,
+        seed: int,
+        start: int = 0,
+        shares: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        self.shares = shares or [(images, images)]
         self.images, self.batch, self.batches, self.seed, self.start = images, batch, batches, seed, start
 
     def __len__(self) -> int:
@@ -35,13 +68,18 @@ class Positions(Sampler[list[Position]]):
                 epoch, index = divmod(position, self.images)
                 if epoch != current:
                     order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.images)
+                    order = contents(self.shares, epoch, self.seed)[order]
                     current = epoch
-                positions.append((epoch, int(order[index])))
-            yield positions
+                positions.append((epoch, int(order[index]), number))
+            yield list(devices.share(positions))
 
 
 class MultiView(Dataset[dict[str, Any]]):
-    """The views of the image at a position, drawn from (seed, epoch, index) alone."""
+    """The views of the image at a position, drawn from (seed, epoch, index) alone, at the scale of its batch.
+
+    Where it cannot be read another image takes its place, itself a function of (seed, epoch, index) and the files; the
+    item's `bad` holds (index, reason) of each that was tried in vain, and is all there is when none could be read.
+    """
 
     def __init__(self, samples: list[Sample], views: Views, seed: int) -> None:
         self.samples, self.views, self.seed = samples, views, seed
@@ -50,11 +88,34 @@ class MultiView(Dataset[dict[str, Any]]):
         return len(self.samples)
 
     def __getitem__(self, position: Position) -> dict[str, Any]:
-        epoch, index = position
-        image = read_image(self.samples[index].image)
-        params = self.views.sample(view_rng(self.seed, epoch, index), *image.shape[:2])
-        global_views, local_views = self.views.apply(image, params)
-        return {"global_views": global_views, "local_views": local_views, "crops": torch.as_tensor(params.crops)}
+        epoch, index, batch = position
+        bad: list[tuple[int, str]] = []
+        for number in self._candidates(epoch, index):
+            try:
+                image = read_image(self.samples[number].image)
+            except NecoError as error:  # raised here, the loader would wrap it into a traceback
+                bad.append((number, str(error)))
+                continue
+            params = self.views.sample(view_rng(self.seed, epoch, index), *image.shape[:2])
+            views = self.views.scaled(batch_scale(self.seed, batch, self.views.multi_scale))
+            global_views, local_views = views.apply(image, params)
+            item = {"global_views": global_views, "local_views": local_views, "crops": torch.as_tensor(params.crops)}
+            if views.teacher == "clean":
+                item["teacher_views"] = views.clean(image, params)
+            return {**item, "bad": bad}
+        return {"bad": bad}
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        yield index % len(self.samples)
+        philox = np.random.Philox(key=[self.seed, epoch], counter=[0, 1, 0, index])
+        yield from np.random.Generator(philox).integers(len(self.samples), size=OTHERS).tolist()
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Views stacked, `bad` joined; only `bad` where an item has no views."""
+    bad = [found for item in items for found in item["bad"]]
+    views = [{name: value for name, value in item.items() if name != "bad"} for item in items]
+    return {**(default_collate(views) if all(views) else {}), "bad": bad}
 
 
 def single_thread(worker: int) -> None:
@@ -68,6 +129,7 @@ def loader(data: MultiView, positions: Positions, workers: int, pin: bool) -> Da
     return DataLoader(
         data,
         batch_sampler=positions,
+        collate_fn=collate,
         num_workers=workers,
         worker_init_fn=single_thread,
         pin_memory=pin,

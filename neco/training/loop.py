@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from neco import progress
+from neco import devices, progress
 from neco.config import Train
 from neco.training import memory
 from neco.training.module import PostTraining
@@ -62,23 +62,38 @@ class Checkpoints:
         """Renew last.ckpt; `keep_as` names a second link to it that stays."""
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / "last.ckpt.tmp"
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary)  # a task of all processes, written by the first
+        self.saved_at = time.monotonic()
+        if not devices.leader():
+            return
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if keep_as:
-            (self.folder / keep_as).unlink(missing_ok=True)
-            os.link(temporary, self.folder / keep_as)
+            self.keep(temporary, keep_as)
         temporary.replace(self.last)
-        self.saved_at = time.monotonic()
+
+    def keep(self, path: Path, name: str) -> None:
+        """Another name for a checkpoint, under which it stays."""
+        link = self.folder / f"{name}.tmp"
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        link.replace(self.folder / name)
+
+
+def together(values: dict[str, float], late: bool) -> tuple[dict[str, float], bool]:
+    """Means of a row's values over all processes, and whether the first of them finds a checkpoint late."""
+    found = devices.merge((values, late))
+    return {name: sum(own[name] for own, _ in found) / len(found) for name in values}, found[0][1]
 
 
 class Loop(pl.Callback):
     """After each step, in this order: log, save, evaluate. Only the first is part of the measured speed.
 
     `evaluate(module, step)` is called before the first step and at the marks; a resumed run makes up for a missed one.
+    It returns whether this is enough.
     """
 
-    def __init__(self, plan: Plan, checkpoints: Checkpoints, evaluate: Callable[[PostTraining, int], None]) -> None:
+    def __init__(self, plan: Plan, checkpoints: Checkpoints, evaluate: Callable[[PostTraining, int], bool]) -> None:
         self.plan, self.checkpoints, self.evaluate = plan, checkpoints, evaluate
         self.keep = plan.marks(plan.options.save_epochs)
         self.evaluated = {0, *plan.marks(plan.options.eval_epochs)}
@@ -87,12 +102,14 @@ class Loop(pl.Callback):
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        if self.plan.options.monitor and not trainer.global_step:
+            self.checkpoints.save(trainer)  # the start may turn out to be the best
         if trainer.global_step in self.evaluated:
-            self.evaluate(module, trainer.global_step)
+            trainer.should_stop = self.evaluate(module, trainer.global_step)
         memory.reset_peak(module.device)
         self.logged = self.first = trainer.global_step
         self.checkpoints.saved_at = self.ended = self.printed = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and devices.leader():
             self.bar = Progress(
                 *progress.columns(TextColumn("{task.fields[text]}")), console=Console(stderr=True), transient=True
             )
@@ -107,20 +124,22 @@ class Loop(pl.Callback):
         step, options = trainer.global_step, self.plan.options
         is_step = (batch_idx + 1) % options.accumulate == 0
         row = is_step and (step % options.log_steps == 0 or step in (1, self.plan.steps))
+        late = time.monotonic() - self.checkpoints.saved_at > 60 * options.save_minutes
         if row:
             module.raise_if_broken(self.checkpoints.last)
             values = {name: float(value) for name, value in module.step_metrics.items()}  # on a GPU, waits for the step
+            values, late = together(values, late)
         self.busy += time.monotonic() - self.begun
-        if row:
+        if row and devices.leader():
             self.log_row(trainer, module, step, values)
         if is_step:
             due = step in self.keep or step in self.evaluated or step == self.plan.steps
-            if due or time.monotonic() - self.checkpoints.saved_at > 60 * options.save_minutes:
+            if due or (late and (row or devices.world() == 1)):  # all processes save, so they agree when: at a row
                 module.raise_if_broken(self.checkpoints.last)
                 name = f"epoch_{self.keep[step]:04d}.ckpt" if step in self.keep else None
                 self.checkpoints.save(trainer, name)
-            if step in self.evaluated:
-                self.evaluate(module, step)
+            if step in self.evaluated and self.evaluate(module, step):
+                trainer.should_stop = True
         self.ended = time.monotonic()
 
     def log_row(self, trainer: pl.Trainer, module: PostTraining, step: int, values: dict[str, float]) -> None:

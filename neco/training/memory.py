@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import os
 import re
 import resource
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 GB = 1024**3
@@ -62,34 +62,64 @@ class _Attention(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _fused_attention() -> Iterator[None]:
-    real = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v, *args, **kwargs: _Attention.apply(q, k, v)  # type: ignore[assignment]
+def _instead(owner: Any, name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
+    real = getattr(owner, name)
+    setattr(owner, name, stand_in)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = real
+        setattr(owner, name, real)
+
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """While entered, notes what autograd keeps, parameters apart: each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__(self.note, lambda tensor: tensor)
+        self.tensors: dict[int, Tensor] = {}
+
+    def note(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter) and not (tensor._base is not None and tensor._base.is_leaf):
+            self.tensors.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    def size(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
 
 def saved_for_backward(function: Callable[[], Any]) -> int:
     """Bytes of distinct storages that autograd keeps for `function`'s backward, parameters apart.
 
+    Of a checkpointed call that is its inputs; the largest of these calls adds what it keeps while it is repeated.
     `function` runs on the meta device, so nothing is computed and nothing allocated.
     """
-    kept: dict[int, Tensor] = {}
+    kept, repeated = _Kept(), [0]
 
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter) and not (tensor._base is not None and tensor._base.is_leaf):
-            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
-        return tensor
+    def checkpoint(call: Callable[..., Any], *inputs: Any, use_reentrant: bool) -> Any:
+        inside = _Kept()
+        with inside:
+            output = call(*inputs)
+        if output.requires_grad:
+            for value in inputs:
+                if isinstance(value, Tensor):
+                    kept.note(value)
+            repeated.append(inside.size())
+        return output
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _fused_attention():
+    def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _Attention.apply(q, k, v)
+
+    with (
+        kept,
+        _instead(F, "scaled_dot_product_attention", attention),
+        _instead(torch.utils.checkpoint, "checkpoint", checkpoint),
+    ):
         function()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return kept.size() + max(repeated)
 
 
-def estimate(module: Any, sizes: list[int], batch: int, bf16: bool, device: torch.device) -> int:
-    """Bytes at the peak of a training step of `batch` images with views of `sizes` pixels, before any is run.
+def estimate(module: Any, sizes: list[tuple[int, int]], batch: int, bf16: bool, device: torch.device) -> int:
+    """Bytes at the peak of a training step of `batch` images with views of `sizes` (height, width), before any is run.
 
     In use now (the networks) + gradients + AdamW's two moments + what autograd keeps of the student. The last is
     counted by tracing the student on the meta device, so it holds for any network.
@@ -98,14 +128,8 @@ def estimate(module: Any, sizes: list[int], batch: int, bf16: bool, device: torc
     if bf16:
         student = student.bfloat16()
     dtype = torch.bfloat16 if bf16 else torch.float32
-    traced = sum(
-        saved_for_backward(
-            functools.partial(
-                student, torch.empty(batch * sizes.count(size), 3, size, size, device="meta", dtype=dtype)
-            )
-        )
-        for size in set(sizes)
-    )
+    views = [torch.empty(batch * sizes.count(size), 3, *size, device="meta", dtype=dtype) for size in set(sizes)]
+    traced = saved_for_backward(lambda: [student(images) for images in views])
     trained = sum(p.numel() * p.element_size() for p in module.student.parameters() if p.requires_grad)
     networks = 0 if device.type == "cpu" else sum(p.numel() * p.element_size() for p in module.parameters())
     return current(device) + networks + 3 * trained + traced

@@ -1,6 +1,7 @@
 """AdamW over named parameter groups, and the cosine schedules of everything that changes with the step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,20 +15,37 @@ def cosine(first: float, last: float, step: int, total: int) -> float:
     return last + 0.5 * (first - last) * (1.0 + math.cos(math.pi * step / total))
 
 
-def parameter_groups(backbone: nn.Module, head: nn.Module, extra: nn.Module, lr: float, head_lr: float) -> list[dict]:
+def parameter_groups(
+    backbone: nn.Module, head: nn.Module, extra: nn.Module, lr: float, head_lr: float, layer_decay: float = 1.0
+) -> list[dict]:
     """Groups `backbone`, `backbone/no_decay`, `head`, `head/no_decay` of the trainable parameters.
 
     Biases and 1-D parameters have no weight decay. Parameters of the loss (`extra`) train like the head. Each group
     keeps its first learning rate as `peak_lr`; empty groups are left out.
+
+    With a `layer_decay` below 1 block i of d trains at lr layer_decay^(d - 1 - i) in groups `backbone/block<i>...`, the
+    embeddings at lr layer_decay^d in `backbone/embeddings...`; the last block and the final norm remain in `backbone`.
     """
+    parts = [("backbone", lr, [*backbone.named_parameters()])]
+    if layer_decay < 1:
+        parts = _layers(backbone, lr, layer_decay)
+    parts.append(("head", head_lr, [*head.named_parameters(), *extra.named_parameters()]))
     groups = []
-    for name, rate, modules in (("backbone", lr, [backbone]), ("head", head_lr, [head, extra])):
-        named = [(n, p) for module in modules for n, p in module.named_parameters() if p.requires_grad]
+    for name, rate, named in parts:
         for suffix, decays in (("", True), ("/no_decay", False)):
-            chosen = [p for n, p in named if (p.ndim > 1 and not n.endswith("bias")) == decays]
-            if chosen:
-                groups.append({"name": name + suffix, "params": chosen, "lr": rate, "peak_lr": rate, "decays": decays})
+            fits = [p for n, p in named if p.requires_grad and (p.ndim > 1 and not n.endswith("bias")) == decays]
+            if fits:
+                groups.append({"name": name + suffix, "params": fits, "lr": rate, "peak_lr": rate, "decays": decays})
     return groups
+
+
+def _layers(backbone: Any, lr: float, decay: float) -> list[tuple[str, float, list[tuple[str, nn.Parameter]]]]:
+    """Name, rate and parameters of each layer, the fastest first."""
+    layers: dict[int, list[tuple[str, nn.Parameter]]] = {below: [] for below in range(backbone.depth + 1)}
+    for name, parameter in backbone.named_parameters():
+        layers[max(0, backbone.depth - backbone.place(name))].append((name, parameter))
+    names = ["", *(f"/block{i}" for i in reversed(range(backbone.depth - 1))), "/embeddings"]
+    return [(f"backbone{names[below]}", lr * decay**below, named) for below, named in layers.items()]
 
 
 def schedule(optimizer: torch.optim.Optimizer, step: int, total: int, weight_decay: tuple[float, float]) -> None:

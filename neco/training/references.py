@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from neco import devices
 from neco.errors import NecoError
 
-DEAL, PUSH, DRAW = range(3)
+DEAL, PUSH, DRAW, ANY = range(4)
 PUSHED_PER_IMAGE = 10
 
 
 def draws(seed: int, step: int, use: int, lists: int, population: int, count: int) -> Tensor:
     """(lists, count): independent draws of `count` out of range(population), without replacement, in random order."""
-    generators = (np.random.Philox(key=[seed, step], counter=[0, 0, use, number]) for number in range(lists))
-    drawn = [np.random.Generator(philox).permutation(population)[:count] for philox in generators]
+    drawn = [_generator(seed, step, use, number).permutation(population)[:count] for number in range(lists)]
     return torch.from_numpy(np.stack(drawn))
 
 
@@ -38,12 +38,61 @@ def deal(teacher: Tensor, permutations: Tensor) -> Tensor:
     return teacher.flatten(1, 2)[pairs, permutations].view_as(teacher)
 
 
-def check_queue(queue_size: int, batch_size: int, grid: int) -> None:
+def from_batch(
+    source: str,
+    teacher: Tensor,
+    count: int,
+    seed: int,
+    step: int,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """`count` references for each image, from the pair's own aligned teacher patches (P, B, N, D) -> (P, B, count, D).
+
+    - `batch`: the pool is dealt in random order, image after image, from its start again when it is used up.
+    - `batch_other`: likewise, each image passing over its own patches; needs two images.
+    - `batch_any`: any patch at any place, its own and twice the same included.
+
+    Patches outside `kept` (P, B, N) are passed over; a pair that keeps none, which has no loss either, gets any.
+    With several processes the pool is that of all their images, in their order; each gets the references of its own.
+    """
+    own = slice(devices.rank() * teacher.shape[1], (devices.rank() + 1) * teacher.shape[1])
+    teacher, kept = devices.gather(teacher, 1), None if kept is None else devices.gather(kept, 1)
+    pairs, images, patches, _ = teacher.shape
+    device, pool = teacher.device, torch.arange(pairs, device=teacher.device)[:, None]
+    order = permutations(seed, step, pairs, images * patches, device)
+    if kept is None and source == "batch" and count <= patches:  # nothing to pass over: no sorting
+        return teacher.flatten(1, 2)[pool, order[:, : images * count]].unflatten(1, (images, count))[:, own]
+    allowed = torch.ones_like(order, dtype=torch.bool) if kept is None else kept.flatten(1).gather(1, order)
+    if source == "batch_other":
+        others = order[:, None] // patches != torch.arange(images, device=device)[:, None]
+        order, allowed = order[:, None].expand_as(others), allowed[:, None] & others
+        places = torch.arange(images * count, device=device).view(images, count)
+    elif source == "batch_any":
+        free = np.stack([_generator(seed, step, ANY, pair).random(images * count) for pair in range(pairs)])
+        places = torch.from_numpy(free).to(device, non_blocking=True) * allowed.sum(1, keepdim=True)
+    else:
+        places = torch.arange(images * count, device=device)
+    index = _pick(order, allowed, places.long()).view(pairs, images * count)
+    return teacher.flatten(1, 2)[pool, index].unflatten(1, (images, count))[:, own]
+
+
+def _generator(seed: int, step: int, use: int, number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, use, number]))
+
+
+def _pick(order: Tensor, allowed: Tensor, places: Tensor) -> Tensor:
+    """The allowed entries of each row of `order` (..., M), at `places` (..., k), going round after the last."""
+    first = (~allowed).to(torch.uint8).argsort(dim=-1, stable=True)  # no waiting for how many there are
+    places = places % allowed.sum(-1, keepdim=True).clamp(min=1)
+    return order.gather(-1, first.gather(-1, places.expand(*order.shape[:-1], -1)))
+
+
+def check_queue(queue_size: int, batch_size: int, references: int) -> None:
     """Raise NecoError for a queue that never holds the references of one step."""
-    if queue_size < (draw := batch_size * grid**2):
+    if queue_size < (draw := batch_size * references):
         raise NecoError(
             f"loss.queue_size={queue_size} is below one draw of references: a batch of {batch_size} images x "
-            f"{grid} x {grid} patches needs {draw}; raise it, lower the batch size or take loss.references=batch"
+            f"{references} references needs {draw}; raise it, lower the batch size or take loss.references=batch"
         )
 
 
@@ -80,22 +129,46 @@ class Queue(nn.Module):
         self.vectors.index_copy_(1, places, vectors.to(self.vectors))
         self.pushed += count
 
-    def forward(self, maps: Tensor, teacher: Tensor, seed: int, step: int) -> Tensor:
-        """Push patches of the raw teacher maps (G, B, h, w, D), then draw the references (P, B, N, D) of all pairs.
+    def forward(
+        self,
+        maps: Tensor,
+        teacher: Tensor,
+        seed: int,
+        step: int,
+        count: int | None = None,
+        kept: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Push patches of the raw teacher maps (G, B, h, w, D), then draw the references (P, B, count, D) of all pairs.
 
-        Each view pushes 10 B random patches (at most its size); each pair draws B * N of its global view's vectors
+        Each view pushes 10 B random patches (at most its size); each pair draws B * count of its global view's vectors
         without replacement. While the queue holds fewer than that, the references are those of the batch, dealt from
         the aligned patches `teacher` (P, B, N, D).
+
+        With several processes there is one queue, the same in each: fed by the images of all, drawn from for all.
+
+        Args:
+            count: references an image; None = N.
+            kept: masks (G, B, h, w) of `maps` and (P, B, N) of `teacher`: other patches are neither pushed nor dealt.
+                A view without any pushes all kinds.
         """
-        patches = maps.flatten(1, 3)
-        views, population = patches.shape[:2]
-        count = min(PUSHED_PER_IMAGE * maps.shape[1], self.vectors.shape[1], population)
-        self.push(_take(patches, draws(seed, step, PUSH, views, population, count)))
-        pairs, needed = len(teacher), teacher.shape[1] * teacher.shape[2]
-        if self.filled < needed:
-            return deal(teacher, permutations(seed, step, pairs, needed, teacher.device))
-        drawn = draws(seed, step, DRAW, pairs, self.filled, needed)
-        return _take(self.vectors, drawn.view(views, -1)).to(teacher.dtype).view_as(teacher)
+        patches, count = maps.flatten(1, 3), count or teacher.shape[2]
+        views, local = patches.shape[:2]
+        world, first = devices.world(), devices.rank() * local
+        pushed = min(PUSHED_PER_IMAGE * maps.shape[1] * world, self.vectors.shape[1], local * world)
+        order = draws(seed, step, PUSH, views, local * world, local * world if kept else pushed)
+        order = order.to(maps.device, non_blocking=True)
+        if kept:
+            mask = devices.gather(kept[0].flatten(1), 1).gather(1, order)
+            order = _pick(order, mask | ~mask.any(1, keepdim=True), torch.arange(pushed, device=maps.device))
+        mine = (order >= first) & (order < first + local)  # each process supplies its own patches, and else zeros
+        vectors = _take(patches, (order - first).clamp(0, local - 1)) * mine[..., None]
+        self.push(devices.total(vectors))
+        pairs, needed = len(teacher), teacher.shape[1] * count
+        if self.filled < needed * world:
+            return from_batch("batch", teacher, count, seed, step, kept and kept[1])
+        drawn = draws(seed, step, DRAW, pairs, self.filled, needed * world)
+        drawn = drawn[:, devices.rank() * needed : (devices.rank() + 1) * needed].reshape(views, -1)
+        return _take(self.vectors, drawn).to(teacher.dtype).view(*teacher.shape[:2], count, -1)
 
 
 def _take(vectors: Tensor, indices: Tensor) -> Tensor:

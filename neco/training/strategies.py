@@ -1,0 +1,54 @@
+"""How several devices work on one batch: whole copies of the networks (DDP) or shards of them (FSDP)."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from neco.config import Train
+
+
+def strategy(options: Train, device: torch.device) -> Strategy | str:
+    """Lightning's strategy for `train.strategy`, `devices` and `nodes`; each process computes its part of the batch."""
+    if options.processes == 1:
+        return "auto"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if options.strategy == "fsdp":  # one file with whole tensors: it resumes with any number of devices
+        return ModelParallelStrategy(
+            data_parallel_size=options.processes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
+    return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def shard(network: Any, mesh: Any) -> None:
+    """Spread a `Network` over Lightning's mesh: the parameters of a block are whole only while it computes."""
+    backbone = network.backbone
+    # The last block goes with the rest: its attention is read without calling it.
+    for part in (*backbone.net.blocks[:-1], backbone, network.head):
+        fully_shard(part, mesh=mesh["data_parallel"], reshard_after_forward=True)  # a teacher has no backward to do it
+    register_fsdp_forward_method(backbone, "forward_attention")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # returns a view: nothing here writes into it
+
+
+def local(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    """This process's shards; the parameters themselves where nothing is sharded."""
+    held: list[Any] = [p.detach() for p in parameters]
+    return [p.to_local() if isinstance(p, DTensor) else p for p in held]
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """A tensor that is spread over processes, put together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def describe(options: Train) -> str:
+    """For the announcement of a run."""
+    return f", {options.processes} processes ({options.strategy})" if options.processes > 1 else ""

@@ -1,0 +1,173 @@
+"""Several processes give what one gives: two over gloo on the CPU, the same global batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import ROOT, SMALL, losses
+
+from neco import config, devices, load_backbone
+from neco.augment.views import view_rng
+from neco.training.data import Positions
+from neco.training.module import PostTraining
+
+WORLD, IMAGES = 2, 4
+VARIANTS = {
+    "batch": [],
+    "other": ["loss.references=batch_other", "loss.reference_count=7"],
+    "any": ["loss.references=batch_any"],
+    "queue": ["loss.references=queue", "loss.queue_size=64"],
+    "masked": ["loss.mask=fg"],
+    "masked queue": ["loss.mask=bg", "loss.references=queue", "loss.queue_size=64"],
+    "no teacher": ["train.teacher=none"],
+}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def batch(part: slice) -> dict[str, torch.Tensor]:
+    """Random pixels and crops of the images of `part`."""
+    generator = torch.Generator().manual_seed(3)
+    views = config.load(*SMALL).build("augment").resolve(8, 64)
+    crops = [views.sample(view_rng(0, 0, index), 100, 120).crops for index in range(IMAGES)]
+    pixels = {
+        name: torch.randint(0, 256, (IMAGES, count, 3, size, size), generator=generator, dtype=torch.uint8)
+        for name, count, size in (("global_views", 2, 32), ("local_views", 1, 16))
+    }
+    return {key: value[part] for key, value in {**pixels, "crops": torch.tensor(np.array(crops))}.items()}
+
+
+def steps(variant: str) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses and gradients of two steps, averaged over the processes as DDP does."""
+    settings = config.load(*SMALL, "train.drop_path=0", *VARIANTS[variant])
+    torch.manual_seed(0)
+    backbone = settings.build("model")
+    module = PostTraining(
+        backbone, settings.build("head", dim=backbone.dim), settings.build("loss"),
+        options=settings.spine["train"], optim=settings.spine["optim"], global_views=2,
+        steps=4, seed=0,
+    )  # fmt: skip
+    part, found = slice(*(IMAGES * r // devices.world() for r in (devices.rank(), devices.rank() + 1))), []
+    for index in range(2):
+        loss = module.training_step(batch(part), index)
+        loss.backward()
+        found.append(float(devices.total(loss.detach())) / devices.world())
+    grads = [devices.total(p.grad) / devices.world() for p in module.student.parameters() if p.grad is not None]
+    return found, grads
+
+
+def work(rank: int, port: str, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    devices.join()
+    assert (devices.world(), devices.rank(), devices.leader()) == (WORLD, rank, rank == 0)
+    rows = torch.arange(rank + 1.0)[:, None].expand(rank + 1, 3)
+    assert devices.gather_uneven(rows)[:, 0].tolist() == [0, 0, 1]
+    assert devices.merge(rank) == [0, 1] and devices.total(torch.tensor([rank, 1])).tolist() == [1, 2]
+    assert [*devices.share(range(5))] == ([0, 1] if rank == 0 else [2, 3, 4])
+    torch.save({variant: steps(variant) for variant in VARIANTS}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (free_port(), str(folder)), WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradients_are_those_of_one_process(together, variant):
+    loss, grads = steps(variant)
+    for found, gradients in (ranks[variant] for ranks in together):
+        assert found == pytest.approx(loss, rel=1e-5)
+        for one, two in zip(grads, gradients, strict=True):
+            assert (one - two).norm() <= 1e-5 * max(one.norm(), 1e-3)
+    assert sum(float(g.norm()) for g in grads) > 0.1
+
+
+def test_one_process_is_alone():
+    x = torch.rand(3, 2)
+    assert devices.world() == 1 and devices.rank() == 0 and devices.leader()
+    assert devices.gather(x) is x and devices.gather_uneven(x) is x and devices.total(x) is x
+    assert devices.merge("a") == ["a"] and devices.share([1, 2]) == [1, 2]
+
+
+def test_each_process_reads_its_part(monkeypatch):
+    whole = [*Positions(10, 4, 6, 0)]
+    monkeypatch.setattr(devices, "world", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(devices, "rank", lambda rank=rank: rank)
+        parts.append([*Positions(10, 4, 6, 0)])
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole
+
+
+PLAIN = "train.drop_path=0"
+LIGHT = [PLAIN, "eval=[retrieval,overcluster]", "eval.retrieval.k=3", "eval.overcluster.k=[4,6]"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ("ddp", "fsdp"))
+def test_two_devices_train_as_one_and_resume_as_one(neco, train, tmp_path, strategy):
+    one = train(*LIGHT, folder="one")
+    several = [*SMALL, "device=cpu", "train.devices=2", f"train.strategy={strategy}"]
+    said = neco(*several, *LIGHT, f"run_dir={tmp_path / 'two'}", ok=True)
+    assert said.stderr.count("checkpoint  ") == 1, "one process speaks"
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
+    assert losses(tmp_path / "two", "grad_norm") == pytest.approx(losses(one, "grad_norm"), rel=1e-3)
+    found = [json.loads((folder / "results.json").read_text()) for folder in (one, tmp_path / "two")]
+    before, after = ([r for r in found[1] if r["step"] == step] for step in (0, 4))
+    assert [r["metrics"] for r in before] == [r["metrics"] for r in found[0] if r["step"] == 0]
+    assert all(r["metrics"] for r in after) and len(after) == 4
+    features = load_backbone(str(tmp_path / "two"))(torch.zeros(1, 3, 32, 32))
+    assert torch.allclose(features, load_backbone(str(one))(torch.zeros(1, 3, 32, 32)), atol=0.05)
+    # three steps of two devices, then three of one, as six of one
+    six = train(PLAIN, "train.steps=6", folder="six")
+    more = tmp_path / "more"
+    neco(*several, PLAIN, "train.steps=6", "train.save_epochs=1", f"run_dir={more}", ok=True)
+    (more / "checkpoints/epoch_0001.ckpt").replace(more / "checkpoints/last.ckpt")
+    train(PLAIN, "train.steps=6", "train.save_epochs=1", folder="more")
+    assert losses(more) == pytest.approx(losses(six), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_torchrun(neco, tmp_path, cache):
+    def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+        env = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*command, "-m", "neco", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
+        )
+
+    options = [*SMALL, *LIGHT, "device=cpu", "train.devices=2", f"run_dir={tmp_path / 'run'}"]
+    done = torchrun(*options)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 4
+    model = ["task=eval", "dataset.train=12", "dataset.val=4", "weights=none", "eval=overcluster", "device=cpu"]
+    done = torchrun(*model, f"run_dir={tmp_path / 'eval'}")
+    assert done.returncode == 0, done.stderr
+    neco(*model, f"run_dir={tmp_path / 'alone'}", ok=True)
+    numbers = [json.loads((tmp_path / run / "results.json").read_text())[0]["metrics"] for run in ("eval", "alone")]
+    assert numbers[0] == numbers[1]
+    without = torchrun(*options[:-1])
+    assert without.returncode != 0 and "the processes of torchrun must share one folder" in without.stderr
+    other = torchrun(*options, "train.devices=1")
+    assert "torchrun started 2 processes" in other.stderr
+
+
+def test_batch_must_split_evenly(neco):
+    said = neco("task=train", "train.batch_size=6", "train.devices=4")
+    assert (
+        said.returncode == 2 and "batch_size=6 cannot be split into accumulate=1 x devices=4 x nodes=1" in said.stderr
+    )
