@@ -102,6 +102,11 @@ def test_other_lambda(network: str, art_lambda: float) -> None:
     loss, _ = sort_cross_entropy(x, y, network, 4.0, 4.0, relaxation)
     assert torch.allclose(loss, expected, rtol=1e-12)
     assert close_rows(*(torch.autograd.grad(v.sum(), x)[0] for v in (loss, expected)), 1e-10)
+    exact = values(16, 49), values(16, 49, seed=1)
+    loss32, _ = sort_cross_entropy(*(v.float() for v in exact), network, 25.0, 25.0, relaxation)
+    assert torch.allclose(
+        loss32.mean().double(), sort_cross_entropy(*exact, network, 25.0, 25.0, relaxation)[0].mean(), rtol=1e-4
+    )
     if not art_lambda:
         assert torch.equal(loss, sort_cross_entropy(x, y, network, 4.0, 4.0, RELAXATIONS["logistic"])[0])
 

@@ -120,4 +120,6 @@ def choose(name: RelaxationName, art_lambda: float | None = None) -> Relaxation:
     if name != "logistic_phi":
         raise NecoError(f"art_lambda={art_lambda} belongs to relaxation=logistic_phi; with {name} it must be null")
     share, slope = (partial(part, art_lambda=art_lambda) for part in (logistic_phi, logistic_phi_slope))
-    return RELAXATIONS[name]._replace(share=share, slope=slope)
+    # The larger lambda, the smaller is the product of many small steps' shares, and of P's entries.
+    float32 = RELAXATIONS[name].float32 if art_lambda <= ART_LAMBDA else {"bitonic": 0.0, "odd_even": 0.0}
+    return RELAXATIONS[name]._replace(share=share, slope=slope, float32=float32)
