@@ -27,7 +27,7 @@ class Train:
 
     epochs: Positive
     steps: Positive | None
-    batch_size: Positive
+    batch_size: Positive | Literal["auto"]
     accumulate: Positive
     devices: Positive
     nodes: Positive
@@ -57,7 +57,7 @@ class Train:
         if self.lora_rank and self.strategy == "fsdp":
             raise NecoError("strategy=fsdp with lora_rank: what adapters train needs no sharding, use strategy=ddp")
         parts = f"accumulate={self.accumulate} x devices={self.devices} x nodes={self.nodes}"
-        if self.batch_size % (self.accumulate * self.devices * self.nodes):
+        if self.batch_size != "auto" and self.batch_size % (self.accumulate * self.processes):
             raise NecoError(f"batch_size={self.batch_size} cannot be split into {parts} equal parts")
 
     @property
@@ -68,7 +68,13 @@ class Train:
     @property
     def micro_batch(self) -> int:
         """Images that a device takes at once."""
-        return self.batch_size // self.accumulate // self.processes
+        return self.images // self.accumulate // self.processes
+
+    @property
+    def images(self) -> int:
+        """Of an optimiser step; known once `task=train` has found out what `batch_size=auto` is."""
+        assert self.batch_size != "auto"
+        return self.batch_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, SMALL, losses
 
-from neco import load_backbone
+from neco import config, load_backbone
 from neco.errors import NecoError
 from neco.loss.neco import NeCo
 from neco.model.weights import weights_hash
@@ -457,3 +458,36 @@ def test_best_checkpoint_and_early_stopping(train, monkeypatch):
 def test_monitor_errors(train, options, message):
     with pytest.raises(NecoError, match=message):
         train(*options)
+
+
+def test_largest_batch_that_fits(train, monkeypatch, caplog):
+    from neco.training import memory
+
+    free = memory.current(torch.device("cpu"))
+    monkeypatch.setattr(memory, "current", lambda device: free)
+    monkeypatch.setattr(memory, "total", lambda device: (free + 40_000_000) / memory.ROOM)
+    options = ["train.batch_size=auto", "train.steps=2", "loss.references=batch_other", "train.accumulate=2"]
+    with caplog.at_level("INFO", "neco"):
+        folder = train(*options)
+    batch = int(caplog.text.split("train.batch_size=auto: ")[1].split()[0])
+    assert batch % 2 == 0 and yaml.safe_load((folder / "config.yaml").read_text())["train"]["batch_size"] == batch
+    assert "likely to run out of memory" not in caplog.text
+    train(*options)  # found again
+    monkeypatch.setattr(memory, "total", lambda device: free)
+    with pytest.raises(NecoError, match="not even one image fits"):
+        train(*options, folder="none")
+    needed = [
+        memory.estimate(module, [(32, 32), (32, 32), (16, 16)], images, False, torch.device("cpu"))
+        for module, images in ((fitted(), batch // 2), (fitted(), batch // 2 + 1))
+    ]
+    assert needed[0] <= free + 40_000_000 < needed[1]
+
+
+def fitted() -> PostTraining:
+    """The training module of SMALL, on the meta device."""
+    from neco.task.train import _module
+
+    settings = config.load(*SMALL, "loss.references=batch_other", "train.accumulate=2")
+    views = settings.build("augment").resolve(8, 64)
+    with torch.device("meta"):
+        return _module(settings, settings.build("model"), settings.spine["train"], views, 1)

@@ -1,5 +1,6 @@
 """task=train: post-train a backbone, evaluating it before, while and after."""
 
+import dataclasses
 import hashlib
 import logging
 import re
@@ -92,10 +93,12 @@ def prepare(settings: Settings) -> Job:
         raise NecoError(f"dataset: the train split of {settings.choices['dataset']} is empty")
     shares, limits = dataset.shares(samples), dataset.bad_limits(samples)
     look(samples, limits)
-    plan = Plan(sum(seen for _, seen in shares), options)
     loss = settings.build("loss")
+    if options.batch_size == "auto":
+        options = _fit(settings, views, device)
+    plan = Plan(sum(seen for _, seen in shares), options)
     if loss.references == "queue":
-        check_queue(loss.queue_size, options.batch_size // options.accumulate, loss.reference_count)
+        check_queue(loss.queue_size, options.images // options.accumulate, loss.reference_count)
     if loss.references == "batch_other" and options.micro_batch * options.processes == 1:
         raise NecoError("loss.references=batch_other: a batch of one image has no other; raise train.batch_size")
     val, val_name = dataset, settings.choices["dataset"]
@@ -115,6 +118,39 @@ def prepare(settings: Settings) -> Job:
         wanted = "name EVALUATION/NETWORK/METRIC of a selected one"
         raise NecoError(f"train.monitor={options.monitor}: {chosen} is evaluated; {wanted}")
     return Job(samples, shares, limits, views, outline, plan, val, val_name, device)
+
+
+def _fit(settings: Settings, views: Views, device: torch.device) -> Train:
+    """The options with the largest batch that fits in place of `auto`; the configuration then says so, too."""
+    options: Train = settings.spine["train"]
+    with torch.device("meta"):
+        module = _module(settings, settings.build("model"), options, views, 1)
+    fits = memory.largest_batch(module, _trained_sizes(views)[-1], _bf16(options, device), device)
+    if not fits:
+        raise NecoError("train.batch_size=auto: not even one image fits; make views smaller, or checkpoint_activations")
+    options = dataclasses.replace(options, batch_size=fits * options.accumulate * options.processes)
+    log.info("train.batch_size=auto: %d images fit", options.images)
+    settings.spine["train"] = options
+    settings.config["train"] = {**settings.config["train"], "batch_size": options.images}
+    return options
+
+
+def _module(settings: Settings, backbone: Backbone, options: Train, views: Views, steps: int) -> PostTraining:
+    return PostTraining(
+        backbone, settings.build("head", dim=backbone.dim), settings.build("loss"),
+        options=options, optim=settings.spine["optim"], global_views=views.global_views, steps=steps,
+        seed=settings.run.seed,
+    )  # fmt: skip
+
+
+def _bf16(options: Train, device: torch.device) -> bool:
+    return options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+
+
+def _trained_sizes(views: Views) -> list[list[tuple[int, int]]]:
+    """Sizes of the views that the student sees, at each scale, the largest last."""
+    scaled = [views.scaled(factor).sizes for factor in sorted(views.multi_scale)]
+    return scaled if views.global_views > 1 else [sizes[1:] for sizes in scaled]  # see PostTraining.training_step
 
 
 def main(settings: Settings, job: Job, output: Path) -> float | None:
@@ -143,11 +179,7 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
     torch.manual_seed(settings.run.seed)
     backbone = settings.build("model", drop_path=options.drop_path)
     start = f"step {done} of {resume}" if resume else str(weights.load(backbone, *source_of_weights(settings)))
-    module = PostTraining(
-        backbone, settings.build("head", dim=job.outline.dim), settings.build("loss"),
-        options=options, optim=settings.spine["optim"], global_views=job.views.global_views,
-        steps=plan.steps, seed=settings.run.seed,
-    )  # fmt: skip
+    module = _module(settings, backbone, options, job.views, plan.steps)
     module.saved = saved
     loggers = settings.build_all("logger", folder=output, step=done) if leads else {}
     for logger in loggers.values():
@@ -171,7 +203,7 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
             log.info("stopped at step %d: %s was best at step %d (best.ckpt)", step, options.monitor, best)
         return enough
 
-    bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+    bf16 = _bf16(options, device)
     _announce(settings, job, module, start, output, bf16)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # broken metadata of images that can be read
@@ -198,7 +230,7 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
     )
     if done < plan.steps:
         views = data.MultiView(job.samples, job.views, settings.run.seed)
-        micro = options.batch_size // options.accumulate  # of all devices
+        micro = options.images // options.accumulate  # of all devices
         positions = data.Positions(
             plan.images, micro, plan.steps * options.accumulate, settings.run.seed, done * options.accumulate,
             job.shares,
@@ -268,7 +300,6 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
     """Say what is going to happen, before it does. `start`: where the weights come from."""
     plan, outline, options = job.plan, job.outline, job.plan.options
     sizes = [job.views.scaled(factor).sizes for factor in sorted(job.views.multi_scale)]
-    trained_on = sizes[-1] if job.views.global_views > 1 else sizes[-1][1:]  # see PostTraining.training_step
 
     def millions(part: torch.nn.Module, trained: bool) -> str:
         return f"{sum(p.numel() for p in part.parameters() if p.requires_grad == trained) / 1e6:.2f} M"
@@ -277,7 +308,7 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
     whole = all(p.requires_grad for p in backbone.parameters())
     frozen = "" if whole else f"; frozen: {millions(backbone, False)} of the backbone"
     marks = sorted({0, *plan.marks(options.eval_epochs), plan.steps})
-    needed = memory.estimate(module, trained_on, options.micro_batch, bf16, job.device)
+    needed = memory.estimate(module, _trained_sizes(job.views)[-1], options.micro_batch, bf16, job.device)
     total = memory.total(job.device)
     clean = "; the teacher sees them clean" if job.views.teacher == "clean" else ""
     parts = [f"{images}" + (f" ({seen} an epoch)" if seen != images else "") for images, seen in job.shares]
@@ -288,7 +319,7 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
         "trained": f"{millions(backbone, True)} of the backbone ({trainable.describe(backbone)}) + "
         f"{millions(head, True)} of the head{frozen}; teacher: {options.teacher}",
         "views": f"{' or '.join(dict.fromkeys(map(_views, sizes)))} pixels{clean}",
-        "steps": f"{plan.steps} of {options.batch_size} images, {plan.epoch(plan.steps):.4g} epochs",
+        "steps": f"{plan.steps} of {options.images} images, {plan.epoch(plan.steps):.4g} epochs",
         "evaluation": f"{', '.join(settings.config['eval'])} on {job.val_name} at steps {_few(marks)}"
         if job.val
         else "none",

@@ -32,18 +32,18 @@ class Plan:
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
-        return self.options.steps or max(1, self.options.epochs * self.images // self.options.batch_size)
+        return self.options.steps or max(1, self.options.epochs * self.images // self.options.images)
 
     def epoch(self, step: int) -> float:
         """Passes over the data that `step` steps are."""
-        return step * self.options.batch_size / self.images
+        return step * self.options.images / self.images
 
     def marks(self, every: int) -> dict[int, int]:
         """Step -> epoch at the end of each `every`-th epoch before the end; none for 0."""
         if not every:
             return {}
         ends = {
-            ceil(epoch * self.images / self.options.batch_size): epoch
+            ceil(epoch * self.images / self.options.images): epoch
             for epoch in range(every, ceil(self.epoch(self.steps)) + 1, every)
         }
         return {step: epoch for step, epoch in ends.items() if step < self.steps}
@@ -149,7 +149,7 @@ class Loop(pl.Callback):
         row = {
             "epoch": round(self.plan.epoch(step), 4),
             **values,
-            "images_per_second": (step - self.logged) * self.plan.options.batch_size / seconds,
+            "images_per_second": (step - self.logged) * self.plan.options.images / seconds,
             "data_wait": self.waited / seconds,
             "peak_memory_gb": memory.peak(module.device) / memory.GB,
         }

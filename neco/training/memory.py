@@ -16,6 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 GB = 1024**3
+ROOM = 0.8  # an estimate may be a quarter too low
 
 
 def reset_peak(device: torch.device) -> None:
@@ -131,8 +132,14 @@ def estimate(module: Any, sizes: list[tuple[int, int]], batch: int, bf16: bool, 
     views = [torch.empty(batch * sizes.count(size), 3, *size, device="meta", dtype=dtype) for size in set(sizes)]
     traced = saved_for_backward(lambda: [student(images) for images in views])
     trained = sum(p.numel() * p.element_size() for p in module.student.parameters() if p.requires_grad)
-    networks = 0 if device.type == "cpu" else sum(p.numel() * p.element_size() for p in module.parameters())
-    return current(device) + networks + 3 * trained + traced
+    to_come = sum(p.numel() * p.element_size() for p in module.parameters() if p.device.type != device.type)
+    return current(device) + to_come + 3 * trained + traced
+
+
+def largest_batch(module: Any, sizes: list[tuple[int, int]], bf16: bool, device: torch.device) -> int:
+    """Images for which `estimate` stays within ROOM of the device's memory; the module may be on the meta device."""
+    one, two = (estimate(module, sizes, batch, bf16, device) for batch in (1, 2))
+    return max(0, 1 + int((ROOM * total(device) - one) // (two - one)))
 
 
 def total(device: torch.device) -> int:
