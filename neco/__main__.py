@@ -17,7 +17,7 @@ USAGE = """neco: dense post-training of vision transformers, and what it does to
   python -m neco [GROUP=OPTION ...] [KEY=VALUE ...]       -m: one job for every combination of comma-separated values
 
 examples
-  python -m neco task=train dataset=coco model=dinov2r_vits14 dataset@val_dataset=voc
+  python -m neco task=train dataset=coco model=dinov2r_vits14 dataset@val_dataset=camvid
   python -m neco task=eval checkpoint=runs/my_run weights=teacher dataset=camvid eval=[retrieval,overcluster]
   python -m neco -m task=eval model=tiny,dino_vits16 weights=none eval=overcluster eval.overcluster.k=12,100,300
 

@@ -21,7 +21,8 @@ class Folder(Dataset):
         masks: folder with a PNG of class numbers for each image, under the same relative name.
         classes: names in label order; wanted exactly when there are masks.
         ignore: the stored value that means "no class", mapped to 255.
-        val_fraction: share of the images in the val split; with 0 there is none, an error when asked for.
+        val_fraction: share of the images in the val split; with 0 there is none, an error when asked for. None = 0.1
+            with masks and 0 without, where nothing could be evaluated on it.
         seed: of that choice.
 
     Raises:
@@ -35,7 +36,7 @@ class Folder(Dataset):
         masks: str | None = None,
         classes: list[str] | None = None,
         ignore: int = IGNORE,
-        val_fraction: Fraction = 0.1,
+        val_fraction: Fraction | None = None,
         seed: int = 0,
         **common: Any,
     ) -> None:
@@ -46,7 +47,8 @@ class Folder(Dataset):
         self.root = Path(root).expanduser()
         self.masks = Path(masks).expanduser() if masks else None
         self.classes = tuple(classes or ())
-        self.ignore, self.val_fraction, self.seed = ignore, val_fraction, seed
+        self.ignore, self.seed = ignore, seed
+        self.val_fraction = (0.1 if masks else 0.0) if val_fraction is None else val_fraction
 
     def samples(self, split: str) -> list[Sample]:
         require_split(split, ("train", "val"), "a folder")
