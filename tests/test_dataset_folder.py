@@ -16,13 +16,19 @@ def put(path, value=0):
 def test_unlabelled_images_are_divided_by_a_seeded_fraction(tmp_path):
     for i in range(20):
         put(tmp_path / f"deep/{i % 3}/{i:02d}.jpg")
-    keys = {split: [s.key for s in Folder(root=str(tmp_path), val_fraction=0.1).samples(split)] for split in ("train", "val")}
+    keys = {
+        split: [s.key for s in Folder(root=str(tmp_path), val_fraction=0.1).samples(split)]
+        for split in ("train", "val")
+    }
     assert len(keys["val"]) == 2 and sorted(keys["train"] + keys["val"]) == sorted(
         f"deep/{i % 3}/{i:02d}.jpg" for i in range(20)
     )
     assert all(part == sorted(part) for part in keys.values())
     assert keys["val"] == [s.key for s in Folder(root=str(tmp_path), val_fraction=0.1).samples("val")]
-    draws = {tuple(s.key for s in Folder(root=str(tmp_path), val_fraction=0.1, seed=seed).samples("val")) for seed in range(9)}
+    draws = {
+        tuple(s.key for s in Folder(root=str(tmp_path), val_fraction=0.1, seed=seed).samples("val"))
+        for seed in range(9)
+    }
     assert len(draws) > 3
     assert len(Folder(root=str(tmp_path)).samples("train")) == 20, "without masks nothing is held out"
     with pytest.raises(NecoError, match="val_fraction=0"):
