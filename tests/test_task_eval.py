@@ -104,3 +104,9 @@ def test_what_would_fail_later_fails_at_once(cache, options, words):
     wanted = config.load("dataset.train=12", "dataset.val=6", f"cache_dir={cache}", *options)
     with pytest.raises(NecoError, match=words):
         task.prepare(wanted)
+
+
+def test_run_without_a_checkpoint_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    with pytest.raises(NecoError, match="a run without a checkpoint"):
+        load_backbone(str(tmp_path))

@@ -12,8 +12,11 @@ from neco.model.backbone import Backbone
 
 
 def last_checkpoint(source: str) -> str:
-    """A run folder stands for its last checkpoint; anything else for itself."""
-    path = Path(source).expanduser() / "checkpoints" / "last.ckpt"
+    """A run folder stands for its last checkpoint; anything else for itself. Raises NecoError for a run without one."""
+    folder = Path(source).expanduser()
+    path = folder / "checkpoints" / "last.ckpt"
+    if (folder / "config.yaml").is_file() and not path.is_file():
+        raise NecoError(f"{source} is a run without a checkpoint: no {path}; it stopped before its first save")
     return str(path) if path.is_file() else source
 
 
