@@ -88,23 +88,26 @@ class Results:
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.writes = writes  # else only kept in mind: another process writes the same
         self.path = folder / "results.json"
-        self.records: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else []
+        self.records: list[dict[str, Any]] = []
+        if self.path.is_file():
+            try:
+                self.records = json.loads(self.path.read_text())
+                self.records = [{"asked": None, **record} for record in self.records]
+            except (ValueError, TypeError) as error:
+                raise NecoError(f"{self.path} is damaged ({error}): mend it or move it away") from error
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append a record, in place of an earlier one of the same step, network and evaluation."""
+        """Append a record, in place of an earlier one that answers the same."""
 
         def key(r: dict[str, Any]) -> tuple:
-            return r["step"], r["network"], r["evaluation"]
+            return r["step"], r["network"], r["evaluation"], r["asked"]
 
         self.records = [r for r in self.records if key(r) != key(record)] + [record]
         self.save()
 
-    def find(self, step: int, network: str, evaluation: str, weights: str) -> dict[str, Any] | None:
-        """The record of this evaluation at `step`, if it is of these weights."""
-        wanted = (step, network, evaluation, weights)
-        return next(
-            (r for r in self.records if (r["step"], r["network"], r["evaluation"], r["weights"]) == wanted), None
-        )
+    def find(self, **wanted: Any) -> dict[str, Any] | None:
+        """The record with these values: step, network, evaluation, weights, and `asked`, all else it depends on."""
+        return next((r for r in self.records if wanted.items() <= r.items()), None)
 
     def history(self, monitor: str) -> list[tuple[int, float]]:
         """(step, number) of each evaluation so far of `EVALUATION/NETWORK/METRIC`, in order.
@@ -112,7 +115,8 @@ class Results:
         Raises NecoError, with the names there are, when something was recorded and nothing is called so.
         """
         found, names = {}, set()
-        for r in self.records:
+        asked = {r["evaluation"]: r["asked"] for r in self.records}  # of the last: numbers of one protocol and data set
+        for r in (r for r in self.records if r["asked"] == asked[r["evaluation"]]):
             for metric, value in r["metrics"].items():
                 names.add(name := f"{r['evaluation']}/{r['network']}/{metric}")
                 if name == monitor:
@@ -139,10 +143,8 @@ def table(records: list[dict[str, Any]]) -> str:
     first, last = min(r["step"] for r in records), max(r["step"] for r in records)
     rows = []
     for record in (r for r in records if r["step"] == last):
-        same = (first, record["network"], record["evaluation"])
-        before: dict[str, float] = next(
-            (r["metrics"] for r in records if (r["step"], r["network"], r["evaluation"]) == same), {}
-        )
+        same = {**{key: record[key] for key in ("network", "evaluation", "asked")}, "step": first}
+        before: dict[str, float] = next((r["metrics"] for r in records if same.items() <= r.items()), {})
         for name, value in record["metrics"].items():
             row = [record["dataset"], record["protocol"], name, record["network"], f"{value:.4f}"]
             if first != last:

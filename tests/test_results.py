@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from neco import results
+from neco.errors import NecoError
 from neco.logger.csv import Csv
 
 
-def record(step, network="teacher", value=0.5, evaluation="retrieval"):
+def record(step, network="teacher", value=0.5, evaluation="retrieval", asked="k=30"):
     return {
         "step": step, "network": network, "evaluation": evaluation, "weights": "abc", "dataset": "shapes",
-        "protocol": "p", "metrics": {"miou": value},
+        "protocol": "p", "asked": asked, "metrics": {"miou": value},
     }  # fmt: skip
 
 
@@ -27,9 +28,30 @@ def test_results_replace_and_forget(tmp_path):
     assert [(r["step"], r["metrics"]["miou"]) for r in again.records] == [(0, 0.5), (10, 0.5), (5, 0.7)]
     again.drop_after(5)
     assert sorted(r["step"] for r in json.loads((tmp_path / "results.json").read_text())) == [0, 5]
-    assert again.find(5, "teacher", "retrieval", "abc")["metrics"] == {"miou": 0.7}
-    assert again.find(5, "teacher", "retrieval", "other weights") is None
+    wanted = {"step": 5, "network": "teacher", "evaluation": "retrieval", "weights": "abc"}
+    assert again.find(**wanted)["metrics"] == {"miou": 0.7}
+    assert again.find(**wanted | {"weights": "others"}) is None and again.find(**wanted | {"asked": "k=4"}) is None
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_what_was_asked_otherwise_is_another_number(tmp_path):
+    store = results.Results(tmp_path)
+    for step, value in ((0, 0.9), (5, 0.8)):
+        store.add(record(step, value=value))
+    for step, value in ((0, 0.1), (5, 0.2)):
+        store.add(record(step, value=value, asked="k=4"))
+    assert len(store.records) == 4
+    assert store.history("retrieval/teacher/miou") == [(0, 0.1), (5, 0.2)]
+    changes = [line.split()[-1] for line in results.table(store.records).splitlines() if "teacher" in line]
+    assert changes == ["-0.1000", "+0.1000"]
+
+
+@pytest.mark.parametrize("text", ["[{", '{"a": 1}', "[1]"])
+def test_a_damaged_file_is_named_and_kept(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(NecoError, match=r"results\.json is damaged"):
+        results.Results(tmp_path)
+    assert (tmp_path / "results.json").read_text() == text
 
 
 def test_table_shows_before_after_and_change():

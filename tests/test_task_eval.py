@@ -62,6 +62,21 @@ def test_list_of_k_in_one_run(evaluate):
     assert {"8", "20"} <= {part for name in record["metrics"] for part in name.replace("k", "_").split("_")}
 
 
+def test_other_values_in_the_same_folder_are_other_numbers(evaluate):
+    evaluate("weights=none", "eval.overcluster.k=8", evals=["overcluster"])
+    found = evaluate("weights=none", "eval.overcluster.k=20", evals=["overcluster"])
+    assert [list(r["metrics"])[0] for r in found] == ["miou_k8", "miou_k20"]
+    assert len(evaluate("weights=none", "eval.overcluster.k=20", "dataset.val=5", evals=["overcluster"])) == 3
+
+
+def test_a_folder_holds_runs_of_one_task(train, evaluate):
+    folder = train()
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(NecoError, match=r"run_dir=.*run holds a run of task=train; give task=eval a folder"):
+        evaluate("weights=none", folder="run")
+    assert (folder / "config.yaml").read_text() == before
+
+
 def test_same_seed_same_numbers_from_the_cache_too(evaluate):
     first = evaluate("weights=none", folder="one")
     second = evaluate("weights=none", folder="two")

@@ -280,6 +280,22 @@ def test_finished_run_is_not_repeated(train):
     assert (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
 
+def test_a_run_cannot_be_made_shorter(train):
+    last = train() / "checkpoints/last.ckpt"
+    with pytest.raises(NecoError, match=r"train\.steps=2: .*last\.ckpt is at step 4 already"):
+        train("train.steps=2", f"train.resume={last}", folder="shorter")
+
+
+def test_numbers_of_another_data_set_are_not_taken_over(train):
+    watch = ["eval=overcluster", "eval.overcluster.k=4", "eval.overcluster.restarts=1"]
+    folder = train(*watch)
+    other = ["dataset@val_dataset=shapes", "val_dataset.train=12", "val_dataset.val=6", "train.steps=6"]
+    train(*watch, *other, f"train.resume={folder}/checkpoints/last.ckpt")
+    records = json.loads((folder / "results.json").read_text())
+    found = {(r["step"], r["asked"]) for r in records if r["network"] == "teacher"}
+    assert [step for step, _ in sorted(found)] == [0, 4, 6] and len({asked for _, asked in found}) == 2
+
+
 def test_another_configuration_does_not_continue_a_run(train):
     folder = train()
     with pytest.raises(NecoError, match=r"optim\.lr: 0\.001 -> 0\.01"):
@@ -307,7 +323,7 @@ def test_nan_stops_with_step_and_checkpoint(train, monkeypatch, tmp_path):
 def test_a_second_process_is_kept_out_and_an_orphan_is_not(train, tmp_path):
     hold = (
         "import os, sys, time; from pathlib import Path; from neco.task.common import locked\n"
-        "with locked(Path(sys.argv[1])):\n"
+        "with locked(Path(sys.argv[1]), 'train'):\n"
         "    if not os.fork(): time.sleep(30)  # as a data worker whose process is killed\n"
         "    print('held', flush=True); time.sleep(30)"
     )

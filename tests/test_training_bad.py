@@ -88,7 +88,7 @@ def test_a_broken_part_of_a_mixture_is_not_hidden_by_the_others(inside, photos):
     photos(200, []), photos(20, list(range(20)), "cats")
     parts = "{photos:{option: folder, root: photos}, cats: {option: folder, root: cats, max_bad: 0.1}}"
     code, said = inside("eval=[]", "dataset=mix", f"dataset.parts={parts}", "dataset.max_bad=0.5")
-    assert code == 2 and "dataset.parts.cats.max_bad puts up with 1 of 18" in said, said
+    assert code == 2 and "dataset.parts.cats.max_bad puts up with 2 of 20" in said, said
 
 
 def test_a_look_takes_few_images_and_little_time(photos, monkeypatch):

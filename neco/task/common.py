@@ -2,8 +2,10 @@
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -50,9 +52,13 @@ def device_name(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder; a second process that wants it gets a NecoError."""
+def locked(folder: Path, task: str) -> Iterator[None]:
+    """Hold the run folder; a second process that wants it, or another task than it holds, gets a NecoError."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (config := folder / "config.yaml").is_file() and f"task: {task}\n" not in (text := config.read_text()):
+        held = re.search(r"^task: (\w+)$", text, re.MULTILINE)
+        what = f"a run of task={held.group(1)}" if held else "a config.yaml of something else"
+        raise NecoError(f"run_dir={folder} holds {what}; give task={task} a folder of its own")
     with (folder / ".lock").open("w") as file:
         try:
             # Not flock: data workers inherit that, and hold it for seconds after their process was killed.
@@ -93,29 +99,37 @@ def measure(
     step: int = 0,
     epoch: float = 0.0,
     loggers: Iterable[Any] = (),
-) -> None:
+) -> list[dict[str, Any]]:
     """Run the selected evaluations on each network and record them with all that the numbers depend on.
 
-    Networks with equal weights are measured once. What is recorded already, at this step with these weights, is kept.
-    Leaves modes and random state as they were.
+    Networks with equal weights are measured once. What is recorded already, at this step, with these weights, images and
+    values of all keys, is kept. Leaves modes and random state as they were. Returns the records.
     """
     evaluations = settings.build_all("eval")
+    node = settings.config["val_dataset" if settings.config.get("val_dataset") else "dataset"]
+    found = []
     done: dict[tuple[str, str], dict[str, Any]] = {}
     with torch.random.fork_rng():
         for network, backbone in networks.items():
             digest = weights_hash(backbone)
             for name, evaluation in evaluations.items():
-                record: Any = store.find(step, network, name, digest) or done.get((digest, name))
+                plan = evaluation.plan(patch=backbone.patch, dataset=dataset)  # the images are in it
+                depends = settings.config["eval"][name], node, plan, settings.run.seed, getattr(backbone, "spec", None)
+                asked = hashlib.sha256(repr(depends).encode()).hexdigest()[:12]
+                key = {"evaluation": name, "weights": digest, "asked": asked}
+                record: Any = store.find(step=step, network=network, **key) or done.get((digest, name))
                 if record is None:
                     log.info("evaluating: %s of the %s on %s", name, network, dataset_name)
                     record = _run(evaluation, backbone, dataset, settings, device)
                     place = {"dataset": dataset_name, "split": "val", "step": step, "epoch": epoch}
-                    record = {"evaluation": name, "weights": digest, **place, "seed": settings.run.seed, **record}
+                    record = {**key, **place, "seed": settings.run.seed, **record}
                 done[digest, name] = record
-                store.add({**record, "network": network})
+                found.append({**record, "network": network})
+                store.add(found[-1])
                 for logger in loggers:
                     metrics = {f"eval/{name}/{network}/{key}": value for key, value in record["metrics"].items()}
                     logger.log_metrics(metrics, step)
+    return found
 
 
 def _run(

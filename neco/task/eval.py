@@ -52,7 +52,7 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
     """Evaluate and record; returns the first number of the first evaluation."""
     devices.join()
     leads = devices.leader()
-    with locked(output) if leads else contextlib.nullcontext():
+    with locked(output, "eval") if leads else contextlib.nullcontext():
         if leads:
             results.describe(output, settings.config, settings.overrides, device_name(job.device))
         torch.manual_seed(settings.run.seed)
@@ -63,10 +63,9 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
         loggers = settings.build_all("logger", folder=output, step=0) if leads else {}
         network = {"only": "backbone"}.get(report.which, report.which)
         name = settings.choices["dataset"]
-        measure(
-            settings, store, {network: backbone.to(job.device)}, job.dataset, name, job.device, loggers=loggers.values()
-        )
+        networks = {network: backbone.to(job.device)}
+        found = measure(settings, store, networks, job.dataset, name, job.device, loggers=loggers.values())
         for logger in loggers.values():
             logger.finalize("success")
-        log.info("\n%s\n\nwrote  %s", results.table(store.records), store.path)
-    return next(iter(store.records[0]["metrics"].values()))
+        log.info("\n%s\n\nwrote  %s", results.table(found), store.path)
+    return next(iter(found[0]["metrics"].values()))

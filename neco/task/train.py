@@ -157,7 +157,7 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
     """Train, or go on with the run found in `output`; returns the last number of the first evaluation's teacher."""
     if not devices.leader():
         return _train(settings, job, output)
-    with locked(output):
+    with locked(output, "train"):
         return _train(settings, job, output)
 
 
@@ -170,6 +170,8 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
     checkpoints = Checkpoints(output / "checkpoints")
     resume = _find(options.resume, checkpoints.last, saved)
     done = torch.load(resume, weights_only=True, mmap=True, map_location="cpu")["global_step"] if resume else 0
+    if done > plan.steps:
+        raise NecoError(f"train.steps={plan.steps}: {resume} is at step {done} already; give more steps or another run")
     leads = devices.leader()
     if leads:
         results.describe(output, settings.config, settings.overrides, device_name(device))
