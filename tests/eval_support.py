@@ -35,7 +35,7 @@ class Files(Dataset):
                     Image.fromarray(array.astype(np.uint8)).save(path)
                 self.listed[split].append(Sample(f"{split}/{number}", *paths))
 
-    def samples(self, split: str) -> list[Sample]:
+    def find(self, split: str) -> list[Sample]:
         return self.listed[split]
 
 

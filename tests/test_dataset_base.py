@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 from neco.augment.views import Views, view_rng
-from neco.dataset.base import Dataset, Sample, list_images, pair_samples, read_image, read_label, stored_size
+from neco.dataset.base import Dataset, Sample, pair_samples, read_image, read_label, stored_size
+from neco.dataset.files import Tree
 from neco.errors import NecoError
 
 
 class Two(Dataset):
     classes = ("a", "b")
 
-    def samples(self, split):
+    def find(self, split):
         return []
 
 
@@ -71,7 +72,7 @@ LOSSLESS = {".png": {}, ".webp": {"lossless": True}, ".bmp": {}, ".tif": {}, ".T
 @pytest.mark.parametrize("suffix", LOSSLESS)
 def test_every_format_is_listed_and_read(tmp_path, suffix):
     save(tmp_path / f"x{suffix}", Image.fromarray(RGB), **LOSSLESS[suffix])
-    ((key, path),) = list_images(tmp_path).items()
+    ((key, path),) = Tree(tmp_path).images().items()
     assert key == f"x{suffix}"
     np.testing.assert_array_equal(read_image(path), RGB)
 
@@ -220,25 +221,25 @@ def test_listing_is_nested_sorted_and_skips_what_is_hidden(tmp_path):
     for name in ("b/x.jpg", "a.PNG", "b/a/y.jpeg", ".hidden/z.jpg", "b/._x.jpg", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert list(list_images(tmp_path)) == ["a.PNG", "b/a/y.jpeg", "b/x.jpg"]
-    assert [sample.key for sample in pair_samples(tmp_path)] == ["a.PNG", "b/a/y.jpeg", "b/x.jpg"]
+    assert list(Tree(tmp_path).images()) == ["a.PNG", "b/a/y.jpeg", "b/x.jpg"]
+    assert [sample.key for sample in pair_samples(Tree(tmp_path).images())] == ["a.PNG", "b/a/y.jpeg", "b/x.jpg"]
 
 
 def test_images_and_masks_are_paired_by_name_or_refused(tmp_path):
     for name in ("i/b/1.jpg", "i/2.png", "m/b/1.png", "m/2.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    samples = pair_samples(tmp_path / "i", tmp_path / "m")
+    samples = pair_samples(*(Tree(tmp_path / part).images() for part in ("i", "m")))
     assert [(s.key, s.image[len(str(tmp_path)) :], s.mask[len(str(tmp_path)) :]) for s in samples] == [
         ("2", "/i/2.png", "/m/2.png"),
         ("b/1", "/i/b/1.jpg", "/m/b/1.png"),
     ]
     (tmp_path / "i/3.jpg").touch()
-    with pytest.raises(NecoError, match=r"1 of 3 files have no partner in .*m, first .*3.jpg"):
-        pair_samples(tmp_path / "i", tmp_path / "m")
+    with pytest.raises(NecoError, match=r"1 of 3 images have no mask, the first .*3.jpg; .*m/2.png"):
+        pair_samples(*(Tree(tmp_path / part).images() for part in ("i", "m")))
     (tmp_path / "i/3.jpg").rename(tmp_path / "m/3.png")
-    with pytest.raises(NecoError, match=r"no partner in .*i, first .*3.png"):
-        pair_samples(tmp_path / "i", tmp_path / "m")
+    with pytest.raises(NecoError, match=r"1 of 3 masks have no image, the first .*3.png"):
+        pair_samples(*(Tree(tmp_path / part).images() for part in ("i", "m")))
     (tmp_path / "i/2.jpg").touch()
     with pytest.raises(NecoError, match="same name"):
-        pair_samples(tmp_path / "i", tmp_path / "m")
+        pair_samples(*(Tree(tmp_path / part).images() for part in ("i", "m")))

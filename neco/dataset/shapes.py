@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from neco.dataset.base import Dataset, Sample, pair_samples, require_split
+from neco.dataset.files import Tree
 from neco.errors import NecoError
 from neco.progress import track
 from neco.values import NonNegative, Positive
@@ -46,7 +47,7 @@ class Shapes(Dataset):
         self.counts = {"train": train, "val": val}
         self.seed = seed
 
-    def samples(self, split: str) -> list[Sample]:
+    def find(self, split: str) -> list[Sample]:
         require_split(split, tuple(self.counts), "shapes")
         content = f"{Path(__file__).read_text()} {self.counts} {self.seed}"
         folder = self.root / hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -56,7 +57,7 @@ class Shapes(Dataset):
             except OSError as error:
                 advice = "Set dataset.root to a folder that can be written to."
                 raise NecoError(f"cannot write the drawn images to {folder}: {error}. {advice}") from error
-        return pair_samples(folder / split / "images", folder / split / "masks")
+        return pair_samples(*(Tree(folder / split / kind).images() for kind in ("images", "masks")))
 
     def _write(self, folder: Path) -> None:
         """Draw into a temporary folder, then rename it: the first process wins, nobody ever sees half a data set."""

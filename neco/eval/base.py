@@ -21,6 +21,7 @@ from torch.utils import data
 from torchvision.transforms import functional as colour
 
 from neco.dataset.base import Dataset, Sample, read_image, read_label, stored_size
+from neco.dataset.files import stamp
 from neco.errors import NecoError
 from neco.eval.cache import Cache, Entry, Spec
 from neco.eval.metrics import Compat
@@ -344,7 +345,7 @@ class Extract:
             "normalisation": (MEAN, std),
             "size": size,
             "draw": asdict(draw) if draw else None,
-            "samples": [(sample.key, *_stamp(sample.image)) for sample in samples],
+            "samples": [(sample.key, *stamp(sample.image)) for sample in samples],
             "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},
             "source": [hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in sorted(sources)],
         }
@@ -358,8 +359,3 @@ def _settings(part: nn.Module) -> dict[str, Any]:
     """The plain attributes of a module: heads, scales, interpolation rule and the like, which no weight shows."""
     plain = (bool, int, float, str, tuple, type(None))
     return {key: value for key, value in vars(part).items() if isinstance(value, plain) and key != "training"}
-
-
-def _stamp(ref: str) -> tuple[str, int, int]:
-    status = Path(ref).stat()
-    return ref, status.st_size, status.st_mtime_ns

@@ -102,8 +102,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Run the selected evaluations on each network and record them with all that the numbers depend on.
 
-    Networks with equal weights are measured once. What is recorded already, at this step, with these weights, images and
-    values of all keys, is kept. Leaves modes and random state as they were. Returns the records.
+    Networks with equal weights are measured once. What is recorded already, at this step, with these weights, images
+    and values of all keys, is kept. Leaves modes and random state as they were. Returns the records.
     """
     evaluations = settings.build_all("eval")
     node = settings.config["val_dataset" if settings.config.get("val_dataset") else "dataset"]
