@@ -4,12 +4,13 @@ import importlib
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-from neco import config
+from neco import config, interrupt
 from neco.errors import NecoError
 
 USAGE = """neco: dense post-training of vision transformers, and what it does to their features
@@ -57,6 +58,7 @@ def job(cfg: Any) -> float | None:
         return None
 
 
+@interrupt.handled()
 def run(cfg: Any) -> float | None:
     """One job: validate, then hand over to `neco.task.<task>`; returns the objective of a sweep."""
     from hydra.core.hydra_config import HydraConfig
@@ -83,7 +85,13 @@ def run(cfg: Any) -> float | None:
 
     if not devices.leader():
         logging.getLogger("neco").setLevel(logging.WARNING)
-    return task.main(settings, prepared, output)
+    try:
+        return task.main(settings, prepared, output)
+    except interrupt.Interrupted as stop:
+        if (last := output / "checkpoints" / "last.ckpt").is_file():
+            again = [*(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={output}"]
+            stop.args = (f"{stop}; saved in {last}. To go on: python -m neco {shlex.join(again)}",)
+        raise
 
 
 def explain(error: Exception, overrides: list[str]) -> str:
@@ -146,17 +154,22 @@ def main() -> None:
         if failure:
             raise failure
     except Exception as error:
-        if started and not isinstance(error, (NecoError, OmegaConfBaseException)):
-            raise  # a fault of the program, not of the configuration
+        process = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+        who = f"error (process {process})" if process != "0" else "error"
         if debug:
             traceback.print_exc()
+        if started and not isinstance(error, (NecoError, OmegaConfBaseException)):
+            if not re.search("closed by peer|reset by peer|Broken pipe", str(error)):
+                raise  # a fault of the program, not of the configuration
+            print(f"{who}: another process has ended; its message says why", file=sys.stderr)
+            raise SystemExit(1) from None
         message = str(error) if isinstance(error, NecoError) else explain(error, arguments)
-        process = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
-        print(f"error{f' (process {process})' if process != '0' else ''}: {message}", file=sys.stderr)
+        print(f"{who}: {message}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, interrupt.Interrupted) as stop:
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+            print(str(stop) or "interrupted (SIGINT)", file=sys.stderr)
+        raise SystemExit(getattr(stop, "code", 130)) from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -164,6 +165,30 @@ def test_resume_after_kill_9(tmp_path, cache):
     subprocess.run([*command, f"run_dir={killed}"], env=env, check=True, capture_output=True)
     assert_same_run(whole, killed)
     assert [int(row["step"]) for row in metrics(killed)] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_run_saved_and_says_how_to_go_on(tmp_path, cache):
+    """To the whole process group, as a terminal and SLURM send it."""
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*SMALL, "run_dir=run", "train.steps=400", "train.workers=2", "train.save_minutes=60"]
+    rows = tmp_path / "run" / "metrics.csv"
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "neco", *command], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        before = len(losses(rows.parent)) if rows.is_file() else 0
+        while not rows.is_file() or rows.read_text().count("\n") < before + 5:
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == code and "Traceback" not in said, said
+        done = torch.load(rows.parent / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+        assert before < done == len(losses(rows.parent)) < 400, "nothing of what was trained is lost"
+        command = shlex.split(said.split("python -m neco ")[-1])
+    assert f"run_dir={rows.parent}" in command
 
 
 def test_seed_changes_the_run_and_nothing_else_does(train):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import data
 from torchvision.transforms import functional as colour
 
+from neco import interrupt
 from neco.dataset.base import Dataset, Sample, read_image, read_label, stored_size
 from neco.dataset.files import stamp
 from neco.errors import NecoError
@@ -288,6 +289,7 @@ class Extract:
             self.batch_size,
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=interrupt.ignore,
             generator=torch.Generator(),  # else the loader draws a seed from the global one
         )
         start = 0

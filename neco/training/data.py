@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from neco import devices
+from neco import devices, interrupt
 from neco.augment.views import Views, batch_scale, view_rng
 from neco.dataset.base import Sample, read_image
 from neco.errors import NecoError
@@ -118,8 +118,9 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {**(default_collate(views) if all(views) else {}), "bad": bad}
 
 
-def single_thread(worker: int) -> None:
-    """A worker uses one core: as many workers as cores, not cores squared."""
+def worker_init(worker: int) -> None:
+    """A worker uses one core, not cores squared, and leaves Ctrl-C and SIGTERM to the process that it works for."""
+    interrupt.ignore(worker)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
@@ -131,7 +132,7 @@ def loader(data: MultiView, positions: Positions, workers: int, pin: bool) -> Da
         batch_sampler=positions,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=single_thread,
+        worker_init_fn=worker_init,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from neco import devices, progress
+from neco import devices, interrupt, progress
 from neco.config import Train
 from neco.training import memory
 from neco.training.module import PostTraining
@@ -80,17 +80,18 @@ class Checkpoints:
         link.replace(self.folder / name)
 
 
-def together(values: dict[str, float], late: bool) -> tuple[dict[str, float], bool]:
-    """Means of a row's values over all processes, and whether the first of them finds a checkpoint late."""
-    found = devices.merge((values, late))
-    return {name: sum(own[name] for own, _ in found) / len(found) for name in values}, found[0][1]
+def together(values: dict[str, float], late: bool, asked: int | None) -> tuple[dict[str, float], bool, int | None]:
+    """Means of a row's values over all processes, whether the first finds a checkpoint late, a signal any was sent."""
+    found = devices.merge((values, late, asked))
+    means = {name: sum(own[name] for own, _, _ in found) / len(found) for name in values}
+    return means, found[0][1], next((number for _, _, number in found if number is not None), None)
 
 
 class Loop(pl.Callback):
     """After each step, in this order: log, save, evaluate. Only the first is part of the measured speed.
 
     `evaluate(module, step)` is called before the first step and at the marks; a resumed run makes up for a missed one.
-    It returns whether this is enough.
+    It returns whether this is enough. A signal ends the run when a step is done and saved, or the evaluation at once.
     """
 
     def __init__(self, plan: Plan, checkpoints: Checkpoints, evaluate: Callable[[PostTraining, int], bool]) -> None:
@@ -104,8 +105,10 @@ class Loop(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         if self.plan.options.monitor and not trainer.global_step:
             self.checkpoints.save(trainer)  # the start may turn out to be the best
+        interrupt.listen()  # Lightning has taken SIGTERM
         if trainer.global_step in self.evaluated:
             trainer.should_stop = self.evaluate(module, trainer.global_step)
+        interrupt.put_off()
         memory.reset_peak(module.device)
         self.logged = self.first = trainer.global_step
         self.checkpoints.saved_at = self.ended = self.printed = time.monotonic()
@@ -125,21 +128,28 @@ class Loop(pl.Callback):
         is_step = (batch_idx + 1) % options.accumulate == 0
         row = is_step and (step % options.log_steps == 0 or step in (1, self.plan.steps))
         late = time.monotonic() - self.checkpoints.saved_at > 60 * options.save_minutes
+        asked = interrupt.asked
         if row:
             module.raise_if_broken(self.checkpoints.last)
             values = {name: float(value) for name, value in module.step_metrics.items()}  # on a GPU, waits for the step
-            values, late = together(values, late)
+            values, late, asked = together(values, late, asked)
         self.busy += time.monotonic() - self.begun
         if row and devices.leader():
             self.log_row(trainer, module, step, values)
         if is_step:
             due = step in self.keep or step in self.evaluated or step == self.plan.steps
-            if due or (late and (row or devices.world() == 1)):  # all processes save, so they agree when: at a row
+            agreed = row or devices.world() == 1  # all processes save, so they agree when: at a row
+            ends = agreed and asked is not None
+            if due or ends or (late and agreed):
                 module.raise_if_broken(self.checkpoints.last)
                 name = f"epoch_{self.keep[step]:04d}.ckpt" if step in self.keep else None
                 self.checkpoints.save(trainer, name)
-            if step in self.evaluated and self.evaluate(module, step):
-                trainer.should_stop = True
+            if ends:
+                raise interrupt.Interrupted(asked)
+            if step in self.evaluated:
+                interrupt.put_off(False)
+                trainer.should_stop = self.evaluate(module, step)
+                interrupt.put_off()
         self.ended = time.monotonic()
 
     def log_row(self, trainer: pl.Trainer, module: PostTraining, step: int, values: dict[str, float]) -> None:
@@ -165,5 +175,9 @@ class Loop(pl.Callback):
         self.waited, self.busy, self.logged = 0.0, 0.0, step
 
     def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
+        self.on_exception()
+        interrupt.put_off(False)
+
+    def on_exception(self, *_: Any) -> None:
         if self.bar:
             self.bar.stop()

@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM: an end that says how to go on. Training puts it off to the end of the step, to save that."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """A signal ended the program. No Exception, so that nothing on the way takes it for an error of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"{'stopped' if number == signal.SIGTERM else 'interrupted'} ({signal.Signals(number).name})")
+        self.code = 128 + number
+
+
+asked: int | None = None  # the signal that a block of `put_off` was sent
+_waits = False
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global asked
+    if not _waits or asked is not None:  # a second one is meant
+        raise Interrupted(number)
+    asked = number
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, b"\nstopping when this step is done and saved; once more: at once\n")
+
+
+def listen() -> None:
+    """Take the signals, also from whoever took them since."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, _handle)
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """In this block the signals raise Interrupted."""
+    global asked, _waits
+    before, asked, _waits = [signal.getsignal(number) for number in SIGNALS], None, False
+    listen()
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in zip(SIGNALS, before, strict=True):
+                signal.signal(number, handler)
+
+
+def put_off(waits: bool = True) -> None:
+    """From now on a first signal is only noted in `asked`; with False it raises again, and so does one noted before."""
+    global _waits
+    _waits = waits
+    if asked is not None and not waits:
+        raise Interrupted(asked)
+
+
+def ignore(worker: int) -> None:
+    """For data workers: they end when their parent does."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
