@@ -167,6 +167,28 @@ def test_resume_after_kill_9(tmp_path, cache):
     assert [int(row["step"]) for row in metrics(killed)] == list(range(1, 61))
 
 
+@pytest.mark.parametrize("content", (b"", b"some text\n", "cut", [1, 2], {"a": 1}, None))
+def test_a_damaged_checkpoint_is_named_and_what_else_is_kept(train, tmp_path, content):
+    folder = train("train.save_epochs=1", "train.steps=6")
+    last = folder / "checkpoints/last.ckpt"
+    whole = last.read_bytes()
+    last.unlink()
+    if content is None:
+        last.mkdir()
+    elif isinstance(content, bytes | str):
+        last.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
+    else:
+        torch.save(content, last)
+    wanted = r"is no checkpoint of a run" if content == {"a": 1} else r"last\.ckpt cannot be read.*kept are: .*epoch_0001\.ckpt"
+    with pytest.raises(NecoError, match=wanted):
+        train("train.save_epochs=1", "train.steps=6")
+    with pytest.raises(NecoError, match=r"last\.ckpt"):
+        load_backbone(str(folder), model="tiny")
+    last.rmdir() if content is None else last.unlink()
+    kept = folder / "checkpoints/epoch_0001.ckpt"
+    assert state(train("train.save_epochs=1", "train.steps=6", f"train.resume={kept}"))["global_step"] == 6
+
+
 @pytest.mark.slow
 def test_a_signal_ends_the_run_saved_and_says_how_to_go_on(tmp_path, cache):
     """To the whole process group, as a terminal and SLURM send it."""
@@ -491,7 +513,9 @@ def test_best_checkpoint_and_early_stopping(train, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        ([*WATCH, "train.monitor=retrieval/teacher/miou_k30"], "overcluster is evaluated"),
+        ([*WATCH, "train.monitor=retrieval/teacher/miou_k30"], "what is evaluated here: overcluster; student and teacher"),
+        ([*WATCH, "train.monitor=overcluster/teacher"], "EVALUATION/NETWORK/METRIC is wanted"),
+        ([*WATCH, "train.monitor=overcluster/teacher/miou_k4", "train.teacher=frozen"], "here: overcluster; student$"),
         ([*WATCH, "train.monitor=overcluster/student/miou_k5"], r"did you mean 'overcluster/student/miou_k4'"),
         (["train.patience=3"], "waits for monitor"),
     ),

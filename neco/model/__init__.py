@@ -22,11 +22,9 @@ def last_checkpoint(source: str) -> str:
 
 def trained_model(source: str | None) -> dict[str, Any] | None:
     """The `model` node that one of our own checkpoints was trained with; None for any other source."""
-    import torch
-
     if source is None or not source.endswith(".ckpt") or not Path(source).is_file():
         return None
-    held = torch.load(source, weights_only=True, mmap=True, map_location="cpu").get("neco")
+    held = _weights.contents(Path(source)).get("neco")
     return held and held["config"]["model"]
 
 

@@ -154,20 +154,32 @@ def locate(source: str, name: str) -> Path:
 
 def read(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, keys of nested dictionaries joined by dots, memory-mapped where the format allows it."""
+    return _flatten(contents(path))
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """What a weights file or checkpoint holds. Raises NecoError for one that is damaged, of another kind or unsafe."""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return _flatten(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
-    except UnpicklingError as error:
-        culprits = re.findall(r"GLOBAL (\S+)", str(error))  # the first; of a zip file we can have all
-        if zipfile.is_zipfile(path):
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises just anything for files that are something else
+        culprits = re.findall(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else []
+        if culprits and zipfile.is_zipfile(path):  # above is the first; here all can be had
             culprits = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if not culprits:
+            reason = str(error).splitlines()[0] if isinstance(error, OSError | safetensors.SafetensorError) else ""
+            raise NecoError(
+                f"{path} cannot be read as weights (.pth, .pt, .ckpt, .safetensors): "
+                f"{reason or 'it is damaged or something else'}"
+            ) from error
         raise NecoError(
-            f"{path} needs pickle, which can run any code, for: {', '.join(culprits) or error}. If you trust it, "
+            f"{path} needs pickle, which can run any code, for: {', '.join(culprits)}. If you trust it, "
             f'convert it once: python -c "{CONVERT.format(path)}"'
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
-        raise NecoError(f"{path} cannot be read as weights (.pth, .pt, .ckpt, .safetensors): {error}") from error
+    if not isinstance(held, dict):
+        raise NecoError(f"{path} cannot be read as weights: it holds a {type(held).__name__}, no tensors by name")
+    return held
 
 
 def recognise(held: Mapping[str, Tensor], source: str = "file") -> tuple[str, dict[str, str]]:

@@ -51,9 +51,11 @@ FREE = {
     "dataset.max_bad",
 }
 FREE |= {f"train.{key}" for key in ("resume", "workers", "eval_epochs", "save_epochs", "save_minutes", "log_steps")}
-FREE |= {f"train.{key}" for key in ("devices", "nodes", "strategy", "checkpoint_activations")}
-# What decides which parameters the optimiser's state belongs to: nobody can go on with other ones.
-FIXED = ("train.blocks", "train.embeddings", "train.lora_rank", "train.lora_alpha", "optim.layer_decay")
+FREE |= {f"train.{key}" for key in ("devices", "nodes", "strategy", "checkpoint_activations", "monitor", "patience")}
+# What decides which parameters and buffers there are: the state of others is of no use.
+FIXED = ("model.name", "model.size", "model.registers", "model.arch", "head", "train.teacher", "train.blocks")
+FIXED += ("train.embeddings", "train.lora_rank", "train.lora_alpha", "optim.layer_decay")
+FIXED += ("loss.references", "loss.queue_size", "augment.global_views")
 
 
 @dataclass
@@ -113,10 +115,15 @@ def prepare(settings: Settings) -> Job:
         check_evaluations(settings, val, outline.patch)
     else:
         val = None
-    if options.monitor and not (val and options.monitor.split("/")[0] in settings.config["eval"]):
-        chosen = ", ".join(settings.config["eval"]) if val else "nothing"
-        wanted = "name EVALUATION/NETWORK/METRIC of a selected one"
-        raise NecoError(f"train.monitor={options.monitor}: {chosen} is evaluated; {wanted}")
+    if options.monitor:
+        evaluated = [*settings.config["eval"]] if val else []
+        networks = ["student", "teacher"] if options.teacher == "ema" else ["student"]
+        parts = options.monitor.split("/")
+        if len(parts) != 3 or parts[0] not in evaluated or parts[1] not in networks:
+            raise NecoError(
+                f"train.monitor={options.monitor}: EVALUATION/NETWORK/METRIC is wanted, of what is evaluated here: "
+                f"{', '.join(evaluated) or 'nothing'}; {' and '.join(networks)}"
+            )
     return Job(samples, shares, limits, views, outline, plan, val, val_name, device)
 
 
@@ -169,7 +176,7 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
     saved = {"config": settings.config, "files": listing}
     checkpoints = Checkpoints(output / "checkpoints")
     resume = _find(options.resume, checkpoints.last, saved)
-    done = torch.load(resume, weights_only=True, mmap=True, map_location="cpu")["global_step"] if resume else 0
+    done = weights.contents(resume)["global_step"] if resume else 0
     if done > plan.steps:
         raise NecoError(f"train.steps={plan.steps}: {resume} is at step {done} already; give more steps or another run")
     leads = devices.leader()
@@ -243,7 +250,7 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
     else:
         log.info("all %d steps are done", done)
         devices.join()
-        module.load_state_dict(torch.load(resume, weights_only=True, map_location="cpu")["state_dict"])  # type: ignore[arg-type]
+        module.load_state_dict(weights.contents(resume)["state_dict"])  # type: ignore[arg-type]
         done = plan.steps
     module.to(device)
     evaluate(module, done)
@@ -259,9 +266,13 @@ def _find(resume: str, last: Path, saved: dict[str, Any]) -> Path | None:
             raise NecoError(f"train.resume=never, but {last} exists: choose another run_dir, or train.resume=auto")
         return None
     path = last if resume == "auto" else Path(resume).expanduser()
-    if not path.is_file():
+    if not path.exists():
         return None
-    before = torch.load(path, weights_only=True, mmap=True, map_location="cpu").get("neco")
+    try:
+        before = weights.contents(path).get("neco")
+    except NecoError as error:
+        kept = ", ".join(str(other) for other in sorted(path.parent.glob("epoch_*.ckpt"))) or "none"
+        raise NecoError(f"{error}. To go on from another: train.resume=FILE; kept are: {kept}") from error
     if before is None:
         raise NecoError(f"train.resume={path} is no checkpoint of a run; to start from its weights: checkpoint={path}")
     changed = _differences(before["config"], saved["config"])
@@ -269,7 +280,7 @@ def _find(resume: str, last: Path, saved: dict[str, Any]) -> Path | None:
         changed.append("the list of training images")
     if fixed := [change for change in changed if change.startswith(FIXED) and ": None ->" not in change]:  # None: older
         raise NecoError(
-            f"train.resume={resume}: {path} trains other parameters: {'; '.join(fixed)}. To start from its weights: "
+            f"train.resume={resume}: {path} holds other parameters: {'; '.join(fixed)}. To start from its weights: "
             f"checkpoint={path} and another run_dir"
         )
     if changed and resume == "auto":
