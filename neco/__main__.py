@@ -77,8 +77,8 @@ def run(cfg: Any) -> float | None:
     except NecoError as error:
         if output.is_dir() and not any(output.iterdir()):  # Hydra made it before anything was known to be wrong
             output.rmdir()
-        key = re.split(r"[=:]", str(error))[0]
-        if place := config.origin(key, overrides, choices):
+        node, key = re.match(r"([^=:]*)(?:: (\w+)=)?", str(error)).groups()  # type: ignore[union-attr]
+        if place := config.origin(f"{node}.{key}" if key else node, overrides, choices):
             raise NecoError(f"{error} [from {place}]") from error
         raise
     from neco import devices  # imports torch, as the task did
@@ -99,6 +99,10 @@ def explain(error: Exception, overrides: list[str]) -> str:
     from hydra import compose, initialize_config_dir
 
     text = str(error)
+    if isinstance(error, OSError) and error.errno:  # before the job starts, only the folder of the run is made
+        return f"run_dir: cannot make the folder {error.filename}: {error.strerror}"
+    if "full_key: hydra.run.dir" in text or "full_key: hydra.sweep.dir" in text:
+        return "run_dir: the name of a folder is wanted"
     if option := re.search(r"Could not find '([\w@/]+)/([^'/]+)'", text):
         group, name = option.groups()
         return f"{group}={name}: no such option{config.nearest(name, config.options(group))} [looked in conf/{group}]"
@@ -113,16 +117,25 @@ def explain(error: Exception, overrides: list[str]) -> str:
             keys = []
         if name.split(".")[0] == "val_dataset":
             return f"{name}: no labelled set is chosen to evaluate on; choose it with dataset@val_dataset=NAME"
-        parent = name.rpartition(".")[0]
-        siblings = [k for k in keys if k.rpartition(".")[0] == parent]
-        if name.startswith("eval.") and siblings == []:
-            return f"{name}: evaluation '{name.split('.')[1]}' is not selected; add it: eval=[{name.split('.')[1]},...]"
-        near = config.nearest(name, siblings)
-        if "did you mean" not in near:
-            near = config.nearest(name, keys) or near
+        group, _, chosen = name.rpartition(".")[0].partition(".")
+        if group in config.LISTS and f"{group}.{chosen}._target_" not in keys:
+            near = "" if chosen in config.options(group) else config.nearest(chosen, config.options(group))
+            return f"{name}: {group}={chosen} is not selected; add it: {group}=[{chosen},...]{near}"
+        parent, _, last = name.rpartition(".")
+        siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == parent]
+        near = config.nearest(last, siblings)
+        if elsewhere := [k for k in keys if k.rpartition(".")[2] == last]:
+            near = f"; did you mean '{elsewhere[0]}'?"
         return f"{name}: no such key{near} [from the command line]"
     if override := getattr(error, "override", None):
-        return f"{override}: cannot be read as KEY=VALUE ({text.splitlines()[0]}); quote it for the shell: '{override}'"
+        key, _, value = override.partition("=")
+        return (
+            f"{override}: cannot be read as KEY=VALUE ({text.splitlines()[0]}); values with special characters need "
+            f"quotes within quotes: \"{key}='{value}'\""
+        )
+    if "Config group override must be" in text:
+        wrong = next((o for o in overrides if re.fullmatch(r"\w+=(null|)", o)), text.strip())
+        return f"{wrong}: an option of the group is wanted, see --help"
     return text.strip()
 
 

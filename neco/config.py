@@ -13,12 +13,22 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
+from annotated_types import MinLen
 
 from neco.errors import NecoError
-from neco.values import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, PositiveFraction
+from neco.values import (
+    Decay,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    PositiveFraction,
+    Seed,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +95,7 @@ class Optim:
     head_lr: NonNegativeFloat
     layer_decay: PositiveFraction
     weight_decay: tuple[NonNegativeFloat, NonNegativeFloat]
-    betas: tuple[Fraction, Fraction]
+    betas: tuple[Decay, Decay]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,8 +103,8 @@ class Run:
     """The keys at the top of the configuration."""
 
     task: str
-    seed: NonNegative
-    run_dir: str
+    seed: Seed
+    run_dir: Annotated[str, MinLen(1)]
     data_root: str
     cache_dir: str
     checkpoint: str | None
@@ -194,7 +204,7 @@ def check(
     return checked
 
 
-def build(node: Mapping[str, Any], where: str, **runtime: Any) -> Any:
+def build(node: Mapping[str, Any] | None, where: str, **runtime: Any) -> Any:
     """The object that a node with a `_target_` describes; `runtime` are arguments that never come from YAML."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         group = where.replace("val_dataset", "dataset@val_dataset")
@@ -230,7 +240,7 @@ def mixed(node: Mapping[str, Any], where: str, config: Mapping[str, Any]) -> dic
     A mapping sets any key of the option, and `option` names it where the part is called something else.
     """
     parts = {}
-    if isinstance(node["parts"], str):  # what bash makes of {coco:1,folder:0.5}
+    if not isinstance(node["parts"], Mapping | None):  # a text is what bash makes of {coco:1,folder:0.5}
         example = f"'{where}.parts={{coco:1,folder:0.5}}'"
         raise NecoError(f"{where}.parts={node['parts']!r}: a mapping is wanted, quoted for the shell: {example}")
     for name, given in (node["parts"] or {}).items():
@@ -249,6 +259,13 @@ def call(target: Callable[..., Any], where: str, **values: Any) -> Any:
         raise NecoError(f"{where}: {error}") from error
 
 
+class Spine(dict[str, Any]):
+    """The validated nodes of the spine, by name."""
+
+    def __missing__(self, name: str) -> Any:
+        raise NecoError(f"{name}: this part of the configuration is not there; leave out ~{name}")
+
+
 @dataclasses.dataclass
 class Settings:
     """A validated configuration.
@@ -263,7 +280,7 @@ class Settings:
 
     config: dict[str, Any]
     run: Run
-    spine: dict[str, Any]
+    spine: Spine
     choices: dict[str, Any]
     overrides: list[str]
 
@@ -273,7 +290,7 @@ class Settings:
 
     def build(self, name: str, **runtime: Any) -> Any:
         """The object of the leaf `name`, e.g. `model`, `dataset`, `loss`."""
-        return build(self.config[name], name, **runtime)
+        return build(self.config.get(name), name, **runtime)
 
     def build_all(self, name: str, **runtime: Any) -> dict[str, Any]:
         """The objects of a list group, by option: `eval` or `logger`."""
@@ -292,11 +309,12 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
         if name not in known:
             raise NecoError(f"{name}: no such key{nearest(str(name), sorted(known))}")
     run = Run(**check(Run, {name: config[name] for name in config if name in top}, ""))
-    spine = {
-        name: call(schema, name, **check(schema, config[name], name))
-        for name, schema in SPINE.items()
-        if name in config
-    }
+    spine = Spine()
+    for name, schema in SPINE.items():
+        if name in config:
+            if not isinstance(config[name], Mapping):
+                raise NecoError(f"{name}={config[name]!r}: its keys are wanted: {name}.KEY=VALUE")
+            spine[name] = call(schema, name, **check(schema, config[name], name))
     # A preset may hold values for evaluations and loggers that were not chosen: those arrive without a _target_.
     for name in LISTS:
         group = {key: node for key, node in (config.get(name) or {}).items() if "_target_" in (node or {})}
@@ -338,22 +356,19 @@ def flatten(node: Any, prefix: str = "") -> Iterator[str]:
 
 def origin(key: str, overrides: Sequence[str], choices: Mapping[str, Any]) -> str:
     """Where the value of `key` was set: the command line or a file of conf/; empty when nowhere."""
-    for override in overrides:
-        name = override.lstrip("+~").split("=")[0]
-        if key == name or key.startswith(f"{name}."):
-            return f"the command line ({override})"
-    places: list[tuple[str, str]] = [
-        (f"experiment/{choices.get('experiment')}", ""),
-        (f"machine/{choices.get('machine')}", ""),
-    ]
+    names = [override.lstrip("+~").split("=")[0] for override in overrides]
+    said = [i for i, name in enumerate(names) if key == name or key.startswith(f"{name}.")]
+    if said:
+        return f"the command line ({overrides[max(said, key=lambda i: (len(names[i]), i))]})"
+    # What is composed later comes first here.
+    places = [(f"{group}/{choices.get(group)}", "") for group in ("machine", "experiment", "task")]
     for group, choice in choices.items():
-        node = group.split("@")[-1]
+        group, _, node = group.rpartition("@")
         for option in choice if isinstance(choice, list) else [choice]:
             package = f"{node}.{option}" if node in LISTS else node
-            places += [(f"{group.split('@')[0]}/{name}", package) for name in (option, "_common")]
-    places += [(f"task/{choices.get('task')}", ""), ("config", "")]
-    for place, package in places:
-        for base in (folder(), *user_folders()):
+            places += [(f"{group or node}/{name}", package) for name in (option, "_common")]
+    for place, package in [*places, ("config", "")]:
+        for base in (folder(), *(user_folders() if place != "config" else ())):
             path = base / f"{place}.yaml"
             relative = key if not package else key.removeprefix(f"{package}.")
             if not path.is_file() or (package and relative == key):

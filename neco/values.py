@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 Positive = Annotated[int, Ge(1)]
 NonNegative = Annotated[int, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+Decay = Annotated[float, Ge(0), Lt(1)]  # of a running mean
+Seed = Annotated[int, Ge(0), Lt(2**63)]
 PositiveFraction = Annotated[float, Gt(0), Le(1)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]

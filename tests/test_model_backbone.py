@@ -119,22 +119,23 @@ def test_option_is_what_its_name_says(option: str) -> None:
     for key, annotation in Backbone.__init__.__annotations__.items():
         if key in given:
             TypeAdapter(annotation).validate_python(given[key])
-    outline = Backbone.outline(**given)
+    with torch.device("meta"):
+        outline = Backbone(**given)
+    parameters = sum(p.numel() for p in outline.parameters())
     if option == "tiny":
         assert (outline.patch, outline.depth, outline.size) == (8, 4, 64)
-        assert outline.dim in (96, 128) and outline.parameters < 1e6
+        assert outline.dim in (96, 128) and parameters < 1e6
     else:
         kind, _, vit = option.rpartition("_")
         width, depth, millions = SIZES[vit[3]]
         assert (outline.patch, outline.dim, outline.depth) == (int(vit[4:]), width, depth)
-        assert abs(outline.parameters / 1e6 - millions) < 1
+        assert abs(parameters / 1e6 - millions) < 1
         assert outline.size == {"dino": 224, "dinov3": 256}.get(kind, 518)
+    p, d = outline.patch, outline.dim
     with torch.device("meta"):
-        backbone = Backbone(**given)
-        p, d = outline.patch, outline.dim
-        assert backbone(torch.empty(2, 3, 4 * p, 4 * p)).shape == (2, 4, 4, d)
-        assert backbone(torch.empty(1, 3, 3 * p, 7 * p)).shape == (1, 3, 7, d)
-        assert backbone.prefix == (5 if "dinov2r_vit" in option or "dinov3" in option else 1)
+        assert outline(torch.empty(2, 3, 4 * p, 4 * p)).shape == (2, 4, 4, d)
+        assert outline(torch.empty(1, 3, 3 * p, 7 * p)).shape == (1, 3, 7, d)
+    assert outline.prefix == (5 if "dinov2r_vit" in option or "dinov3" in option else 1)
 
 
 def test_real_size() -> None:

@@ -179,7 +179,8 @@ def test_a_damaged_checkpoint_is_named_and_what_else_is_kept(train, tmp_path, co
         last.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
     else:
         torch.save(content, last)
-    wanted = r"is no checkpoint of a run" if content == {"a": 1} else r"last\.ckpt cannot be read.*kept are: .*epoch_0001\.ckpt"
+    damaged = r"last\.ckpt cannot be read.*kept are: .*epoch_0001\.ckpt"
+    wanted = r"is no checkpoint of a run" if content == {"a": 1} else damaged
     with pytest.raises(NecoError, match=wanted):
         train("train.save_epochs=1", "train.steps=6")
     with pytest.raises(NecoError, match=r"last\.ckpt"):
@@ -513,7 +514,7 @@ def test_best_checkpoint_and_early_stopping(train, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        ([*WATCH, "train.monitor=retrieval/teacher/miou_k30"], "what is evaluated here: overcluster; student and teacher"),
+        ([*WATCH, "train.monitor=retrieval/teacher/miou"], "evaluated here: overcluster; student and teacher"),
         ([*WATCH, "train.monitor=overcluster/teacher"], "EVALUATION/NETWORK/METRIC is wanted"),
         ([*WATCH, "train.monitor=overcluster/teacher/miou_k4", "train.teacher=frozen"], "here: overcluster; student$"),
         ([*WATCH, "train.monitor=overcluster/student/miou_k5"], r"did you mean 'overcluster/student/miou_k4'"),

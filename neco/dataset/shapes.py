@@ -55,7 +55,7 @@ class Shapes(Dataset):
             try:
                 self._write(folder)
             except OSError as error:
-                advice = "Set dataset.root to a folder that can be written to."
+                advice = "Set cache_dir (or dataset.root) to a folder that can be written to."
                 raise NecoError(f"cannot write the drawn images to {folder}: {error}. {advice}") from error
         return pair_samples(*(Tree(folder / split / kind).images() for kind in ("images", "masks")))
 

@@ -6,7 +6,6 @@ Shapes: B images, H W pixels, h w patches, g patches per side at the pretraining
 import difflib
 import math
 import re
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
@@ -43,17 +42,6 @@ def interpolate_positions(pos: Tensor, h: int, w: int, rule: Rule, registers: bo
     else:  # the given factor, not h / g, maps the coordinates: that is the published behaviour, not a rounding detail
         grid = F.interpolate(grid, scale_factor=((h + 0.1) / g, (w + 0.1) / g), mode="bicubic")
     return grid.permute(0, 2, 3, 1).reshape(1, h * w, -1).to(pos.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Outline:
-    """What is known of a backbone before anything is allocated."""
-
-    patch: int
-    dim: int
-    depth: int
-    size: int
-    parameters: int
 
 
 class Backbone(nn.Module):
@@ -103,13 +91,6 @@ class Backbone(nn.Module):
             raise NecoError(f"model.size={size} is no multiple of the patch of {name}, {self.patch} pixels")
         if registers == "drop":
             self._drop_registers()
-
-    @classmethod
-    def outline(cls, **values: Any) -> Outline:
-        """Patch, width, depth and number of parameters of `Backbone(**values)`, allocating none of them."""
-        with torch.device("meta"):
-            self = cls(**values)
-        return Outline(self.patch, self.dim, self.depth, self.size, sum(p.numel() for p in self.parameters()))
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> patch tokens of the last block after the final norm, (B, h, w, D).

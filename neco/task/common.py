@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from neco import devices
-from neco.config import Settings, Train, call
+from neco.config import Settings, Train, build, call
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
 from neco.model import last_checkpoint
@@ -39,6 +39,8 @@ def check_devices(options: Train, device: torch.device) -> None:
     """Raises NecoError when there are fewer GPUs than asked for, or torchrun started another number of processes."""
     if device.type == "cuda" and options.devices > (there := torch.cuda.device_count()):
         raise NecoError(f"train.devices={options.devices}: this machine has {there} GPUs")
+    if options.nodes > 1 and not {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & os.environ.keys():
+        raise NecoError(f"train.nodes={options.nodes}: start one process a device with torchrun or SLURM's srun")
     if "TORCHELASTIC_RUN_ID" in os.environ and devices.launched() != options.processes:
         raise NecoError(
             f"torchrun started {devices.launched()} processes, train.devices={options.devices} x "
@@ -81,6 +83,12 @@ def source_of_weights(settings: Settings) -> tuple[str | None, Which]:
     if source is None and run.weights != "auto":
         raise NecoError(f"weights={run.weights}: name the checkpoint that holds it: checkpoint=RUN_FOLDER_OR_FILE")
     return source, run.weights
+
+
+def outline(model: Mapping[str, Any] | None) -> Any:
+    """The network of a `model` node on the meta device: all is known of it, nothing allocated."""
+    with torch.device("meta"):
+        return build(model, "model")
 
 
 def check_evaluations(settings: Settings, dataset: Dataset, patch: int) -> None:

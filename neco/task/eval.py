@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from neco import devices, results
-from neco.config import Settings, build, call
+from neco.config import Settings, build
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
 from neco.model import trained_model, weights
-from neco.model.backbone import Backbone
-from neco.task.common import check_evaluations, choose_device, device_name, locked, measure, source_of_weights
+from neco.task.common import check_evaluations, choose_device, device_name, locked, measure, outline, source_of_weights
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +36,13 @@ def prepare(settings: Settings) -> Job:
     model = settings.config["model"]
     if (trained := trained_model(source)) and not settings.chosen("model"):
         model = trained
-    values = {key: value for key, value in model.items() if key != "_target_"}
-    outline = call(Backbone.outline, "model", **values)
+    network = outline(model)
     dataset = settings.build("dataset")
     if not settings.config["eval"]:
         raise NecoError("eval=[]: nothing to evaluate; choose for example eval=[retrieval,overcluster]")
     if not dataset.classes:
         raise NecoError(f"dataset={settings.choices['dataset']} has no labels, so nothing can be evaluated on it")
-    check_evaluations(settings, dataset, outline.patch)
+    check_evaluations(settings, dataset, network.patch)
     return Job(dataset, model, source, which, device)
 
 

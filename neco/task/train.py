@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import re
+import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from neco.config import Settings, Train, call
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.model import weights
-from neco.model.backbone import Backbone, Outline
+from neco.model.backbone import Backbone
 from neco.task.common import (
     check_devices,
     check_evaluations,
@@ -26,6 +27,7 @@ from neco.task.common import (
     device_name,
     locked,
     measure,
+    outline,
     source_of_weights,
 )
 from neco.training import data, memory, strategies, trainable
@@ -53,9 +55,11 @@ FREE = {
 FREE |= {f"train.{key}" for key in ("resume", "workers", "eval_epochs", "save_epochs", "save_minutes", "log_steps")}
 FREE |= {f"train.{key}" for key in ("devices", "nodes", "strategy", "checkpoint_activations", "monitor", "patience")}
 # What decides which parameters and buffers there are: the state of others is of no use.
-FIXED = ("model.name", "model.size", "model.registers", "model.arch", "head", "train.teacher", "train.blocks")
-FIXED += ("train.embeddings", "train.lora_rank", "train.lora_alpha", "optim.layer_decay")
-FIXED += ("loss.references", "loss.queue_size", "augment.global_views")
+FIXED = (
+    "model.name", "model.size", "model.registers", "model.arch", "head", "augment.global_views", "loss.references",
+    "loss.queue_size", "optim.layer_decay", "train.teacher", "train.blocks", "train.embeddings", "train.lora_rank",
+    "train.lora_alpha",
+)  # fmt: skip
 
 
 @dataclass
@@ -66,7 +70,7 @@ class Job:
     shares: list[tuple[int, int]]
     limits: Limits
     views: Views
-    outline: Outline
+    network: Backbone  # on the meta device
     plan: Plan
     val: Dataset | None
     val_name: str
@@ -81,11 +85,11 @@ def prepare(settings: Settings) -> Job:
     options: Train = settings.spine["train"]
     device = choose_device(settings.run.device)
     check_devices(options, device)
-    values = {key: value for key, value in settings.config["model"].items() if key != "_target_"}
-    outline = call(Backbone.outline, "model", **values)
-    views = call(settings.build("augment").resolve, "augment", patch=outline.patch, size=outline.size)
-    with torch.device("meta"):
-        trainable.restrict(Backbone(**values), options)
+    network = outline(settings.config.get("model"))
+    views = call(settings.build("augment").resolve, "augment", patch=network.patch, size=network.size)
+    trainable.restrict(network, options)
+    settings.build("head", dim=network.dim)
+    loss = settings.build("loss")
     source_of_weights(settings)
     if options.resume not in ("auto", "never") and not Path(options.resume).expanduser().is_file():
         raise NecoError(f"train.resume={options.resume}: no such file; auto goes on with the run found in run_dir")
@@ -95,7 +99,6 @@ def prepare(settings: Settings) -> Job:
         raise NecoError(f"dataset: the train split of {settings.choices['dataset']} is empty")
     shares, limits = dataset.shares(samples), dataset.bad_limits(samples)
     look(samples, limits)
-    loss = settings.build("loss")
     if options.batch_size == "auto":
         options = _fit(settings, views, device)
     plan = Plan(sum(seen for _, seen in shares), options)
@@ -112,7 +115,7 @@ def prepare(settings: Settings) -> Job:
         log.info("no evaluations: %s has no labels; name a labelled set with dataset@val_dataset=NAME", val_name)
         val = None
     elif settings.config["eval"]:
-        check_evaluations(settings, val, outline.patch)
+        check_evaluations(settings, val, network.patch)
     else:
         val = None
     if options.monitor:
@@ -124,7 +127,7 @@ def prepare(settings: Settings) -> Job:
                 f"train.monitor={options.monitor}: EVALUATION/NETWORK/METRIC is wanted, of what is evaluated here: "
                 f"{', '.join(evaluated) or 'nothing'}; {' and '.join(networks)}"
             )
-    return Job(samples, shares, limits, views, outline, plan, val, val_name, device)
+    return Job(samples, shares, limits, views, network, plan, val, val_name, device)
 
 
 def _fit(settings: Settings, views: Views, device: torch.device) -> Train:
@@ -208,9 +211,7 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
         if best == step and leads:
             checkpoints.keep(checkpoints.last, "best.ckpt")
         waited = sum(later > best for later, _ in history)
-        if enough := bool(options.patience) and waited >= (options.patience or 0):
-            log.info("stopped at step %d: %s was best at step %d (best.ckpt)", step, options.monitor, best)
-        return enough
+        return bool(options.patience) and waited >= (options.patience or 0)
 
     bf16 = _bf16(options, device)
     _announce(settings, job, module, start, output, bf16)
@@ -247,6 +248,8 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
         loader = data.loader(views, positions, options.workers, pin=device.type == "cuda")
         trainer.fit(module, loader, ckpt_path=resume)
         done = trainer.global_step
+        if done < plan.steps:
+            log.info("stopped at step %d: %s evaluations without a better %s", done, options.patience, options.monitor)
     else:
         log.info("all %d steps are done", done)
         devices.join()
@@ -311,7 +314,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _announce(settings: Settings, job: Job, module: PostTraining, start: str, output: Path, bf16: bool) -> None:
     """Say what is going to happen, before it does. `start`: where the weights come from."""
-    plan, outline, options = job.plan, job.outline, job.plan.options
+    plan, network, options = job.plan, job.network, job.plan.options
     sizes = [job.views.scaled(factor).sizes for factor in sorted(job.views.multi_scale)]
 
     def millions(part: torch.nn.Module, trained: bool) -> str:
@@ -327,7 +330,7 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
     parts = [f"{images}" + (f" ({seen} an epoch)" if seen != images else "") for images, seen in job.shares]
     lines = {
         "data": f"{settings.choices['dataset']}: {' + '.join(parts)} images",
-        "backbone": f"{settings.choices['model']}: patch {outline.patch}, width {outline.dim}, {outline.depth} blocks",
+        "backbone": f"{settings.choices['model']}: patch {network.patch}, width {network.dim}, {network.depth} blocks",
         "start": start,
         "trained": f"{millions(backbone, True)} of the backbone ({trainable.describe(backbone)}) + "
         f"{millions(head, True)} of the head{frozen}; teacher: {options.teacher}",
@@ -361,14 +364,11 @@ def _conclude(settings: Settings, job: Job, store: results.Results, output: Path
         log.info("\n%s\n", results.table(store.records))
     log.info("wrote       %s", ", ".join(sorted(p.name for p in output.iterdir() if not p.name.startswith("."))))
     log.info("checkpoint  %s", last)
-    same = (
-        [o for o in settings.overrides if o.startswith("dataset.")]
-        if job.val_name == settings.choices["dataset"]
-        else []
-    )
+    node = "val_dataset." if settings.config.get("val_dataset") else "dataset."
+    same = ["dataset." + o.removeprefix(node) for o in settings.overrides if o.startswith(node)]
     result = "teacher" if job.plan.options.teacher == "ema" else "student"
-    command = [f"python -m neco task=eval weights={result}", f"checkpoint={output}", f"dataset={job.val_name}", *same]
-    log.info("evaluate    %s", " ".join(command))
+    wanted = ["task=eval", f"weights={result}", f"checkpoint={output}", f"dataset={job.val_name}", *same]
+    log.info("evaluate    python -m neco %s", shlex.join(wanted))
     if monitor := job.plan.options.monitor:
         best, value = max(store.history(monitor), key=lambda pair: pair[1])
         log.info("best        %s, step %d: %s = %.4f", last.with_name("best.ckpt"), best, monitor, value)

@@ -16,6 +16,7 @@ from rich.progress import Progress, TextColumn
 
 from neco import devices, interrupt, progress
 from neco.config import Train
+from neco.errors import NecoError
 from neco.training import memory
 from neco.training.module import PostTraining
 
@@ -28,6 +29,10 @@ class Plan:
 
     images: int
     options: Train
+
+    def __post_init__(self) -> None:
+        if self.epoch(self.steps) > 1e6:
+            raise NecoError(f"train: {self.steps} steps are {self.epoch(self.steps):.3g} epochs, more than a million")
 
     @property
     def steps(self) -> int:
@@ -139,13 +144,13 @@ class Loop(pl.Callback):
         if is_step:
             due = step in self.keep or step in self.evaluated or step == self.plan.steps
             agreed = row or devices.world() == 1  # all processes save, so they agree when: at a row
-            ends = agreed and asked is not None
+            ends = asked if agreed else None
             if due or ends or (late and agreed):
                 module.raise_if_broken(self.checkpoints.last)
                 name = f"epoch_{self.keep[step]:04d}.ckpt" if step in self.keep else None
                 self.checkpoints.save(trainer, name)
             if ends:
-                raise interrupt.Interrupted(asked)
+                raise interrupt.Interrupted(ends)
             if step in self.evaluated:
                 interrupt.put_off(False)
                 trainer.should_stop = self.evaluate(module, step)
