@@ -1,6 +1,6 @@
 # Everything runs in .venv, which the first target makes; PYTHON picks the interpreter it is made with.
 PYTHON ?= python3
-PIP_FLAGS ?= --disable-pip-version-check -q
+PIP_FLAGS ?= --disable-pip-version-check
 BIN := .venv/bin
 INSTALLED := .venv/installed
 

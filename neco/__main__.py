@@ -142,7 +142,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
 def main() -> None:
     """Entry: exit code 0, 1 for a fault of the program (with traceback), 2 for what the user can put right."""
     arguments = sys.argv[1:]
-    if {"--help", "-h"} & set(arguments):
+    if not arguments or {"--help", "-h"} & set(arguments):
         print(usage())
         return
     # Threads that spin while they wait take a busy machine's cores from the data workers: k-means took 15 times longer.

@@ -137,7 +137,10 @@ class Results:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Numbers of the first and the last step side by side, a line for each evaluation, metric and network."""
+    """Numbers of the first and the last step side by side, a line for each evaluation, metric and network.
+
+    The protocols that they are measured by stand below.
+    """
     if not records:
         return "(no evaluations)"
     first, last = min(r["step"] for r in records), max(r["step"] for r in records)
@@ -146,13 +149,15 @@ def table(records: list[dict[str, Any]]) -> str:
         same = {**{key: record[key] for key in ("network", "evaluation", "asked")}, "step": first}
         before: dict[str, float] = next((r["metrics"] for r in records if same.items() <= r.items()), {})
         for name, value in record["metrics"].items():
-            row = [record["dataset"], record["protocol"], name, record["network"], f"{value:.4f}"]
+            row = [record["dataset"], record["evaluation"], name, record["network"], f"{value:.4f}"]
             if first != last:
                 old = before.get(name)
                 row[4:] = [f"{old:.4f}", f"{value:.4f}", f"{value - old:+.4f}"] if old is not None else ["", row[4], ""]
             rows.append(row)
-    head = ["dataset", "protocol", "metric", "network"]
-    return columns([head + (["before", "after", "change"] if first != last else ["value"]), *rows])
+    head = ["dataset", "evaluation", "metric", "network"]
+    lines = columns([head + (["before", "after", "change"] if first != last else ["value"]), *rows])
+    protocols = dict.fromkeys(f"protocol  {record['protocol']}" for record in records if record["step"] == last)
+    return "\n".join([lines, *protocols])
 
 
 def columns(rows: list[list[str]]) -> str:

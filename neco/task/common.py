@@ -91,10 +91,16 @@ def outline(model: Mapping[str, Any] | None) -> Any:
         return build(model, "model")
 
 
-def check_evaluations(settings: Settings, dataset: Dataset, patch: int) -> None:
-    """Raises NecoError for what would end a selected evaluation; lists the files of the data set."""
-    for name, evaluation in settings.build_all("eval").items():
-        call(evaluation.plan, f"eval.{name}", patch=patch, dataset=dataset)
+def check_evaluations(settings: Settings, dataset: Dataset, patch: int) -> str:
+    """The selected evaluations with their input sizes, for people; lists the files of the data set.
+
+    Raises NecoError for what would end one of them.
+    """
+    sizes = {
+        name: call(evaluation.plan, f"eval.{name}", patch=patch, dataset=dataset)[0]
+        for name, evaluation in settings.build_all("eval").items()
+    }
+    return ", ".join(f"{name} ({size} pixels)" for name, size in sizes.items())
 
 
 def measure(

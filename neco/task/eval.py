@@ -27,6 +27,7 @@ class Job:
     source: str | None
     which: weights.Which
     device: torch.device
+    chosen: str
 
 
 def prepare(settings: Settings) -> Job:
@@ -42,8 +43,8 @@ def prepare(settings: Settings) -> Job:
         raise NecoError("eval=[]: nothing to evaluate; choose for example eval=[retrieval,overcluster]")
     if not dataset.classes:
         raise NecoError(f"dataset={settings.choices['dataset']} has no labels, so nothing can be evaluated on it")
-    check_evaluations(settings, dataset, network.patch)
-    return Job(dataset, model, source, which, device)
+    chosen = check_evaluations(settings, dataset, network.patch)
+    return Job(dataset, model, source, which, device, chosen)
 
 
 def main(settings: Settings, job: Job, output: Path) -> float | None:
@@ -53,6 +54,7 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
     with locked(output, "eval") if leads else contextlib.nullcontext():
         if leads:
             results.describe(output, settings.config, settings.overrides, device_name(job.device))
+        log.info("evaluation  %s on %s, %s", job.chosen, settings.choices["dataset"], device_name(job.device))
         torch.manual_seed(settings.run.seed)
         backbone = build(job.model, "model")
         report = weights.load(backbone, job.source, job.which)

@@ -74,6 +74,7 @@ class Job:
     plan: Plan
     val: Dataset | None
     val_name: str
+    chosen: str
     device: torch.device
 
 
@@ -106,7 +107,7 @@ def prepare(settings: Settings) -> Job:
         check_queue(loss.queue_size, options.images // options.accumulate, loss.reference_count)
     if loss.references == "batch_other" and options.micro_batch * options.processes == 1:
         raise NecoError("loss.references=batch_other: a batch of one image has no other; raise train.batch_size")
-    val, val_name = dataset, settings.choices["dataset"]
+    chosen, val, val_name = "none", dataset, settings.choices["dataset"]
     if settings.config.get("val_dataset"):
         val, val_name = settings.build("val_dataset"), settings.choices["dataset@val_dataset"]
     if settings.config["eval"] and not val.classes:
@@ -115,7 +116,7 @@ def prepare(settings: Settings) -> Job:
         log.info("no evaluations: %s has no labels; name a labelled set with dataset@val_dataset=NAME", val_name)
         val = None
     elif settings.config["eval"]:
-        check_evaluations(settings, val, network.patch)
+        chosen = check_evaluations(settings, val, network.patch)
     else:
         val = None
     if options.monitor:
@@ -127,7 +128,7 @@ def prepare(settings: Settings) -> Job:
                 f"train.monitor={options.monitor}: EVALUATION/NETWORK/METRIC is wanted, of what is evaluated here: "
                 f"{', '.join(evaluated) or 'nothing'}; {' and '.join(networks)}"
             )
-    return Job(samples, shares, limits, views, network, plan, val, val_name, device)
+    return Job(samples, shares, limits, views, network, plan, val, val_name, chosen, device)
 
 
 def _fit(settings: Settings, views: Views, device: torch.device) -> Train:
@@ -336,9 +337,7 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
         f"{millions(head, True)} of the head{frozen}; teacher: {options.teacher}",
         "views": f"{' or '.join(dict.fromkeys(map(_views, sizes)))} pixels{clean}",
         "steps": f"{plan.steps} of {options.images} images, {plan.epoch(plan.steps):.4g} epochs",
-        "evaluation": f"{', '.join(settings.config['eval'])} on {job.val_name} at steps {_few(marks)}"
-        if job.val
-        else "none",
+        "evaluation": f"{job.chosen} on {job.val_name} at steps {_few(marks)}" if job.val else "none",
         "memory": f"about {needed / memory.GB:.2f} GB at the peak, of {total / memory.GB:.1f} GB",
         "device": f"{device_name(job.device)}, {'bf16' if bf16 else 'fp32'}{strategies.describe(options)}",
         "writes": str(output),

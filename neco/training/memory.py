@@ -15,6 +15,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
+from neco.training.align import pair_order
+
 GB = 1024**3
 ROOM = 0.8  # an estimate may be a quarter too low
 
@@ -122,18 +124,24 @@ def saved_for_backward(function: Callable[[], Any]) -> int:
 def estimate(module: Any, sizes: list[tuple[int, int]], batch: int, bf16: bool, device: torch.device) -> int:
     """Bytes at the peak of a training step of `batch` images with views of `sizes` (height, width), before any is run.
 
-    In use now (the networks) + gradients + AdamW's two moments + what autograd keeps of the student. The last is
-    counted by tracing the student on the meta device, so it holds for any network.
+    In use now (the networks) + gradients + AdamW's two moments + what autograd keeps of the student + what the loss
+    takes. What is kept is counted by tracing the student on the meta device, so it holds for any network. The loss has
+    the similarities of student and teacher and a gradient in float32, or one of them in float64 on the way; and the
+    aligned patches, also in float64.
     """
+    views = len(sizes) + (module.global_views == 1)  # a single global view is the teacher's alone
+    images = len(pair_order(module.global_views, views)) * batch
+    patches, references = module.loss.grid**2, module.loss.reference_count
+    compared = 16 * images * patches * references + 12 * images * (2 * patches + references) * module.student.head.out
     student = copy.deepcopy(module.student).to("meta").train()
     if bf16:
         student = student.bfloat16()
     dtype = torch.bfloat16 if bf16 else torch.float32
-    views = [torch.empty(batch * sizes.count(size), 3, *size, device="meta", dtype=dtype) for size in set(sizes)]
-    traced = saved_for_backward(lambda: [student(images) for images in views])
+    inputs = [torch.empty(batch * sizes.count(size), 3, *size, device="meta", dtype=dtype) for size in set(sizes)]
+    traced = saved_for_backward(lambda: [student(images) for images in inputs])
     trained = sum(p.numel() * p.element_size() for p in module.student.parameters() if p.requires_grad)
     to_come = sum(p.numel() * p.element_size() for p in module.parameters() if p.device.type != device.type)
-    return current(device) + to_come + 3 * trained + traced
+    return current(device) + to_come + 3 * trained + traced + compared
 
 
 def largest_batch(module: Any, sizes: list[tuple[int, int]], bf16: bool, device: torch.device) -> int:
