@@ -207,7 +207,7 @@ def test_machine_file_in_the_working_folder(inside, tmp_path):
 def test_machine_file_with_a_wrong_key_is_named(inside, tmp_path):
     (tmp_path / "machine").mkdir()
     (tmp_path / "machine" / "default.yaml").write_text("# @package _global_\ntrain:\n  batch_sise: 3\n")
-    _, error = inside()
+    _, error = inside("task=train")
     assert "train.batch_sise" in error and "batch_size" in error and "machine/default.yaml" in error
 
 
