@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first target makes; PYTHON picks the interpreter it is made with.
 PYTHON ?= python3
 PIP_FLAGS ?= --disable-pip-version-check
+PYTEST_FLAGS ?= -n auto --maxprocesses 4 --dist loadfile
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
@@ -25,10 +26,10 @@ demo-study: $(INSTALLED) ## the demo with 5 seeds and its controls (about an hou
 	$(BIN)/python scripts/demo_study.py
 
 test: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-fast: $(INSTALLED) ## all but the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'not slow'
 
 check: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
