@@ -44,6 +44,7 @@ bench: $(INSTALLED) ## side-by-side speed and memory of the hot paths
 	$(BIN)/python scripts/bench_loss.py
 	$(BIN)/python scripts/bench_views.py
 	$(BIN)/python scripts/bench_matching.py
+	$(BIN)/python scripts/bench_data.py read
 
 clean: ## remove what tests and builds left (never runs/ or data/)
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -111,6 +111,7 @@ class Run:
     weights: Literal["auto", "student", "teacher", "none"]
     device: Literal["auto", "cpu", "cuda"]
     debug: bool
+    show: NonNegative = 0
 
 
 SPINE: dict[str, type] = {"train": Train, "optim": Optim}

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from neco.config import nearest
+from neco.dataset.base import Dataset
 from neco.errors import NecoError
 
 PACKAGES = (
@@ -31,7 +32,7 @@ def write(path: Path, text: str) -> None:
     """Write whole or not at all: a temporary file beside it, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:  # names of files are any bytes
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -80,6 +81,16 @@ def describe(output: Path, config: dict[str, Any], overrides: list[str], device:
         "packages": versions(),
     }
     write(output / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def note_choice(output: Path, **datasets: Dataset | None) -> None:
+    """Write the keys of the train images of each data set to `<its name>_files.txt`, where they are a choice.
+
+    `dataset.files` of another run takes such a file. A data set whose train split was not wanted is left out.
+    """
+    for name, dataset in datasets.items():
+        if dataset and dataset.chooses and (samples := dataset.listed("train")):
+            write(output / f"{name}_files.txt", "".join(f"{sample.key}\n" for sample in samples))
 
 
 class Results:

@@ -1,9 +1,23 @@
 """Types of configuration values (checked by pydantic, see `neco.config.validate`) and the pixel statistics."""
 
+import fractions
 from collections.abc import Sequence
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, Predicate
+
+
+def share(value: float | str) -> float:
+    """A `Share` as a number. Raises ValueError or ZeroDivisionError for text that is none."""
+    return float(fractions.Fraction(value))
+
+
+def number_in_0_1_or_text_like_1_8(text: str) -> bool:  # pydantic's message is this name
+    try:
+        return 0 < share(text) <= 1
+    except (ValueError, ZeroDivisionError):
+        return False
+
 
 Positive = Annotated[int, Ge(1)]
 NonNegative = Annotated[int, Ge(0)]
@@ -11,6 +25,7 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]  # of a running mean
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 PositiveFraction = Annotated[float, Gt(0), Le(1)]
+Share = PositiveFraction | Annotated[str, Predicate(number_in_0_1_or_text_like_1_8)]  # 0.1 or "1/8"
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Size = Positive | tuple[Positive, Positive]  # pixels: the side of a square, or height and width

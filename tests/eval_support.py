@@ -24,6 +24,7 @@ class Files(Dataset):
         size: int | None = None,
         **splits: list[tuple[np.ndarray, np.ndarray]],
     ) -> None:
+        super().__init__()
         self.classes = tuple(f"class {i}" for i in range(classes))
         self.image_size = size
         self.listed: dict[str, list[Sample]] = {}

@@ -97,8 +97,10 @@ def test_logger_records_a_run(train, name, tmp_path):
 def test_data_sets_take_the_common_keys(name, group):
     chosen = "dataset" if group == "dataset" else "dataset@val_dataset"
     wanted = [f"{chosen}={name}", *([f"{group}.parts={{shapes:1}}"] if name == "mix" else [])]
-    dataset = config.load(*wanted, f"{group}.max_bad=0.05", f"{group}.weight=0.5").build(group)
-    assert (dataset.max_bad, dataset.weight) == (0.05, 0.5)
+    keys = ("max_bad=0.05", "weight=0.5", "fraction=1/8", "subset_seed=3")
+    dataset = config.load(*wanted, *(f"{group}.{key}" for key in keys)).build(group)
+    assert (dataset.max_bad, dataset.weight, dataset.fraction, dataset.subset_seed) == (0.05, 0.5, 1 / 8, 3)
+    assert dataset.index.endswith("/index") and dataset.chooses
     with pytest.raises(NecoError, match=rf"{group}\.max_bda: no such key; did you mean 'max_bad'"):
         config.load(*wanted, f"+{group}.max_bda=0.05")
 

@@ -1,50 +1,197 @@
 """Where files are and how they are read: folders, and archives as if they were folders."""
 
+import logging
 import os
-from collections.abc import Sequence
+import posixpath
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from neco.dataset import archive
+from neco.dataset.archive import Content, Member, Store, is_archive
 from neco.errors import NecoError
 
-Ref = str  # path of a file
+log = logging.getLogger(__name__)
+Ref = str | Member  # path of a file, or where in an archive it is
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PACKED = {  # compressed as a whole: a member cannot be read without all before it -> what helps
+    ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tbz2": "bunzip2", ".tar.xz": "unxz",
+    ".txz": "unxz", ".tar.zst": "unzstd", ".rar": "unrar x", ".7z": "7z x",
+}  # fmt: skip
+KEEP = 10_000  # names: a listing of fewer is as fast as reading it
+SETTLED = 2 * 10**9  # ns: a folder younger than that may change again at the same time by its file system's clock
 
 
 def read_bytes(ref: Ref) -> bytes:
     """The content of a file. Raises NecoError that names it."""
     try:
-        return Path(ref).read_bytes()
+        return archive.read(ref) if isinstance(ref, Member) else Path(ref).read_bytes()
     except OSError as error:
         raise NecoError(f"cannot read {ref}: {error.strerror or error}") from error
 
 
 def stamp(ref: Ref) -> tuple[str, int, int]:
-    """What changes when a file does: its place, bytes and nanoseconds of the last change."""
+    """What changes when a file does: its place, bytes and nanoseconds of the last change (of the archive it is in)."""
+    if isinstance(ref, Member):
+        return str(ref), ref.stored, ref.time
     status = Path(ref).stat()
     return ref, status.st_size, status.st_mtime_ns
+
+
+def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
+    """All folders below one, itself included, and what lies in them, without hidden files.
+
+    A long listing is kept in `index`; then only folders that have changed are read again.
+
+    Returns:
+        path relative to `folder` with `/` at the end ("" itself) -> names of images, archives and, with `/` at the end,
+        of folders, sorted. Links are followed, but not to a folder above.
+
+    Raises:
+        NecoError: a folder cannot be read.
+    """
+    store = Store(index, "listing", folder)
+    kept = _load(store)
+    found: dict[str, tuple[int, list[str]]] = {}
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while waiting:
+        relative, above = waiting.pop()
+        path = f"{folder}/{relative}"
+        try:
+            now, status = time.time_ns(), Path(path).stat()
+            if (status.st_dev, status.st_ino) in above:
+                continue
+            changed, names = kept.get(relative, (0, []))
+            if not changed or changed != status.st_mtime_ns:  # 0: also what file systems without such times say
+                names = _names(path)
+                changed = status.st_mtime_ns if status.st_mtime_ns < now - SETTLED else 0
+        except PermissionError:
+            if not relative:
+                raise NecoError(f"cannot list {path}: permission denied") from None
+            log.warning("%s is left out: permission denied", path)
+            continue
+        except OSError as error:
+            raise NecoError(f"cannot list {path}: {error.strerror}") from error
+        found[relative] = changed, names
+        above |= {(status.st_dev, status.st_ino)}
+        waiting += [(f"{relative}{name}", above) for name in reversed(names) if name[-1] == "/"]
+    if found != kept and sum(len(names) for _, names in found.values()) >= KEEP:
+        changes = np.array([changed for changed, _ in found.values()], np.int64)
+        counts = np.array([len(names) for _, names in found.values()], np.int64)
+        names = [name for _, names in found.values() for name in names]
+        store.save("", folders=list(found), changes=changes, counts=counts, names=names)
+    return {relative: names for relative, (_, names) in found.items()}
+
+
+def _load(store: Store) -> dict[str, tuple[int, list[str]]]:
+    """Folder -> its last change in ns, 0 where that is not to be trusted, and names."""
+    if not (kept := store.load("")):
+        return {}
+    ends = np.cumsum(kept["counts"]).tolist()
+    names = [kept["names"][start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return dict(zip(kept["folders"], zip(kept["changes"].tolist(), names, strict=True), strict=True))
+
+
+def _names(folder: str) -> list[str]:
+    wanted = (*SUFFIXES, *archive.ARCHIVES, *PACKED)
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name[0] == ".":  # "._x.jpg": a macOS resource fork
+                continue
+            if entry.is_dir():
+                if name != "__MACOSX":
+                    found.append(f"{name}/")
+            elif name.lower().endswith(wanted):
+                found.append(name)
+    return sorted(found)
+
+
+class Place(NamedTuple):
+    """A file or folder: `path` on disk or, with `content`, `name` in the archive at `path`.
+
+    `shared`: other archives beside may hold more of this folder.
+    """
+
+    path: str
+    content: Content | None = None
+    name: str = ""
+    shared: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.name}" if self.name else self.path
+
+    def child(self, name: str) -> "Place":
+        if self.content:
+            return self._replace(name=f"{self.name}/{name}" if self.name else name)
+        return self._replace(path=posixpath.join(self.path, name))
+
+    def is_dir(self) -> bool:
+        return self.content.is_dir(self.name) if self.content else Path(self.path).is_dir()
+
+    def file(self) -> Ref | None:
+        if self.content:
+            return self.content.find(self.name)
+        return self.path if Path(self.path).is_file() else None
+
+    def found(self, name: str) -> Ref:
+        """A file that the folder is known to hold."""
+        if not self.content:
+            return f"{self.path}/{name}"
+        member = self.content.find(f"{self.name}/{name}" if self.name else name)
+        assert member
+        return member
+
+    def exists(self) -> bool:
+        return self.is_dir() or self.file() is not None
+
+    def children(self) -> Iterator[str]:
+        """Names of what lies in the folder, without hidden files."""
+        if self.content:
+            return (name.rstrip("/") for name in self.content.children(self.name))
+        return (entry.name for entry in Path(self.path).iterdir() if not entry.name.startswith("."))
+
+    def walk(self, index: Path | None) -> Iterator[tuple[str, list[str]]]:
+        """As `listing`, but for other files among the names."""
+        return self.content.walk(self.name) if self.content else iter(listing(self.path, index).items())
 
 
 class Tree:
     """The files below `root`. All paths are relative to it, with `/`; `""` is `root` itself. No I/O on construction.
 
+    Tar and zip archives look like folders. What a folder X does not hold under a name is looked for in its archives:
+    first in `X/name.tar` and `X/name.zip`, whose content lies at `X/name`, then in each archive of X whose top level
+    has that name, as if it was unpacked there. An archive that holds but one folder or archive of its own name is that.
+    Archives in archives look the same. `root` may be an archive, also named without its suffix.
+
     Args:
-        root: a folder.
+        root: a folder or an archive.
         index: folder for what takes long to find out about `root`; null = nowhere.
+
+    Raises:
+        NecoError (all methods): an archive of that name is broken. Others that are broken are left out, with a warning.
     """
 
     def __init__(self, root: str | Path, index: str | Path | None = None) -> None:
         self.root = Path(root).expanduser()
         self.index = Path(index).expanduser() if index else None
+        self._archives: dict[str, list[str]] = {}
+        self._broken: dict[str, NecoError] = {}
 
     def __str__(self) -> str:
         return str(self.root)
 
     def is_dir(self, path: str = "") -> bool:
-        return (self.root / path).is_dir()
+        return any(place.is_dir() for place in self._places(path))
 
     def ref(self, path: str) -> Ref | None:
         """The file at `path`, None where there is none."""
-        return str(self.root / path) if (self.root / path).is_file() else None
+        return next((ref for place in self._places(path) if (ref := place.file()) is not None), None)
 
     def text(self, path: str) -> str | None:
         """The content of a text file, None where there is none."""
@@ -52,28 +199,152 @@ class Tree:
         return read_bytes(ref).decode("utf-8-sig", "replace") if ref else None
 
     def names(self, path: str = "") -> list[str]:
-        """What lies directly in a folder, sorted, without hidden files."""
-        return sorted(entry.name for entry in (self.root / path).iterdir() if not entry.name.startswith("."))
+        """What lies directly in a folder, sorted, without hidden files; archives without their suffix."""
+        found = set()
+        for place in self._folders(path):
+            archives = self._archives_in(place)
+            found |= {name[:-4] if name in archives else name for name in place.children()}
+        return sorted(found)
 
     def images(self, path: str = "") -> dict[str, Ref]:
-        """Image files anywhere below a folder, sorted: path relative to it (with `/` and suffix) -> the file."""
-        folder, found = self.root / path, {}
-        for parent, folders, names in os.walk(folder, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            above = "" if parent == str(folder) else f"{Path(parent).relative_to(folder).as_posix()}/"
-            for name in names:
-                if name.lower().endswith(SUFFIXES) and not name.startswith("."):  # "._x.jpg": a macOS resource fork
-                    found[above + name] = f"{parent}{os.sep}{name}"
-        return dict(sorted(found.items()))
+        """Image files anywhere below a folder, sorted: path relative to it (with `/` and suffix) -> the file.
+
+        Archives are folders of the name without suffix, unless that folder or all that they hold lies beside them.
+        """
+        found: dict[str, Ref] = {}
+        packed: list[Place] = []
+        for place in self._folders(path):
+            self._collect(place, "", found, packed)
+        if packed and not found:
+            raise NecoError(f"no image files in {self.root / path}, but {_advice(packed[0])}")
+        if packed:
+            log.warning("%d compressed archives are left out: %s", len(packed), _advice(packed[0]))
+        return {key: found[key] for key in sorted(found)}
 
     def missing(self, what: str, looked: Sequence[str], advice: str) -> NecoError:
         """The error for a data set that is not there: where it was looked for, what is there, what to do."""
-        if self.root.is_file():
-            there = f"{self} is a file"
-        elif self.is_dir():
-            names = self.names()
+        folders = self._folders("")
+        if folders:
+            names = sorted({name for folder in folders for name in folder.children()})
             there = f"{self} holds {', '.join(names[:8]) or 'nothing'}{' ...' if len(names) > 8 else ''}"
         else:
-            there = f"{self} does not exist"
+            there = f"{self} is a file" if self.root.is_file() else f"{self} does not exist"
+        above = {path[:end] for path in looked for end, sign in enumerate(f"{path}/") if sign == "/"}
+        beside = [folder for path in sorted({"", *above}) for folder in self._folders(path)]
+        packed = [folder.child(name) for folder in beside for name in sorted(folder.children()) if _is_packed(name)]
+        hints = "".join(f"\n{hint}" for hint in [*map(_advice, packed[:3]), *self._broken.values()])
         places = "".join(f"\n  {self.root / path}" for path in looked)
-        return NecoError(f"no {what}. Looked in{places}\n{there}.\n{advice}\nSet its place with dataset.root=FOLDER.")
+        return NecoError(
+            f"no {what}. Looked in{places}\n{there}.{hints}\n{advice}\nSet its place with dataset.root=FOLDER."
+        )
+
+    def _places(self, path: str) -> Iterator[Place]:
+        """Where `path` may be, best first; on disk, only if it is there."""
+        parent, _, name = path.strip("/").rpartition("/")
+        if not name:
+            yield from self._roots()
+            return
+        for above in self._places(parent):
+            if (here := above.child(name)).exists():
+                yield here
+            archives = self._archives_in(above)
+            yield from (self._mounted(above, found) for found in archives if found[:-4] == name)
+            for found in archives:
+                if (inside := self._sound(above, found)) and inside.child(name).exists():
+                    yield inside.child(name)._replace(shared=True)
+
+    def _roots(self) -> Iterator[Place]:
+        if self.root.is_dir():
+            yield Place(str(self.root))
+            return
+        above = Place("" if self.root.parent == Path() else str(self.root.parent))
+        for suffix in ("", *archive.ARCHIVES):
+            name = f"{self.root.name}{suffix}"
+            if is_archive(name) and above.child(name).file():
+                yield self._mounted(above, name)
+                return
+        for suffix in ("", *PACKED):
+            place = above.child(f"{self.root.name}{suffix}")
+            if _is_packed(place.path) and place.file():
+                raise NecoError(_advice(place))
+
+    def _folders(self, path: str) -> list[Place]:
+        """The places that make up a folder: one, or all archives that it would be unpacked from."""
+        found = []
+        for place in self._places(path):
+            if place.is_dir() and place not in found:
+                found.append(place)
+                if not place.shared:
+                    break
+        return found
+
+    def _archives_in(self, folder: Place) -> list[str]:
+        """File names of archives; those of a folder on disk are looked for once."""
+        if str(folder) not in self._archives:
+            names = sorted(name for name in folder.children() if is_archive(name)) if folder.is_dir() else []
+            self._archives[str(folder)] = [name for name in names if folder.content or folder.child(name).file()]
+        return self._archives[str(folder)]
+
+    def _opened(self, folder: Place, name: str) -> Place:
+        """The inside of an archive that lies in a folder."""
+        place = folder.child(name)
+        if not place.content:
+            return place._replace(content=archive.content(place.path, self.index))
+        member = place.content.find(place.name)
+        if not member:  # stored: its content is in the index
+            return place
+        path = archive.inflate(member, self.index)
+        return place._replace(path=path, content=archive.content(path, self.index), name="")
+
+    def _sound(self, folder: Place, name: str) -> Place | None:
+        """The inside of an archive that may have nothing to do with what is looked for; None where it is broken."""
+        place = str(folder.child(name))
+        if place not in self._broken:
+            try:
+                return self._opened(folder, name)
+            except NecoError as error:
+                log.warning("%s", error)
+                self._broken[place] = error
+        return None
+
+    def _mounted(self, folder: Place, name: str) -> Place:
+        """What an archive shows as the folder of its name."""
+        place = self._opened(folder, name)
+        tops = list(islice(place.children(), 2))
+        if tops == [name[:-4]]:
+            return place.child(name[:-4]) if place.child(name[:-4]).is_dir() else place
+        only_archive = len(tops) == 1 and is_archive(tops[0]) and tops[0][:-4] == name[:-4]
+        return self._mounted(place, tops[0]) if only_archive else place
+
+    def _collect(self, place: Place, above: str, found: dict[str, Ref], packed: list[Place]) -> None:
+        """Add the images below a place, under keys that begin with `above`."""
+        for relative, names in place.walk(self.index):
+            here = place.child(relative[:-1]) if relative else place
+            for name in names:
+                if name.lower().endswith(SUFFIXES):
+                    found.setdefault(f"{above}{relative}{name}", here.found(name))
+                elif _is_packed(name):
+                    packed.append(here.child(name))
+                elif is_archive(name):
+                    self._enter(here, name, names, f"{above}{relative}{name[:-4]}/", found, packed)
+
+    def _enter(
+        self, folder: Place, name: str, beside: list[str], above: str, found: dict[str, Ref], packed: list[Place]
+    ) -> None:
+        """Add the images in an archive, unless it lies unpacked beside it."""
+        if f"{name[:-4]}/" in beside or all(
+            top != name and folder.child(top).exists() for top in self._opened(folder, name).children()
+        ):
+            log.info("%s is left out: what it holds lies beside it", folder.child(name))
+        else:
+            self._collect(self._mounted(folder, name), above, found, packed)
+
+
+def _is_packed(name: str) -> bool:
+    return name.lower().endswith(tuple(PACKED))
+
+
+def _advice(packed: Place) -> str:
+    command = next(command for suffix, command in PACKED.items() if str(packed).lower().endswith(suffix))
+    result = "unpacks it" if " " in command else "makes a .tar of it, which needs no unpacking"
+    return f"{packed} is compressed as a whole, so no single image can be read. `{command} {packed}` {result}."

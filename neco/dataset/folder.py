@@ -11,7 +11,7 @@ from neco.values import Fraction
 
 
 class Folder(Dataset):
-    """All image files below `root` (see `neco.dataset.base.SUFFIXES`), at any depth.
+    """All image files below `root` (see `neco.dataset.files.SUFFIXES`), at any depth.
 
     Sub-folders `train` and `val` (of `root`, and of `masks`) are the splits where `root` has both. Otherwise a seeded
     choice of `val_fraction` of the sorted images is the val split, and the others are the train split.
@@ -44,8 +44,8 @@ class Folder(Dataset):
         if bool(masks) != bool(classes):
             have, lack = ("masks", "classes") if masks else ("classes", "masks")
             raise NecoError(f"dataset.{have} is set and dataset.{lack} is not: a labelled folder needs both")
-        self.tree = Tree(root)
-        self.masks = Tree(masks) if masks else None
+        self.tree = Tree(root, self.index)
+        self.masks = Tree(masks, self.index) if masks else None
         self.classes = tuple(classes or ())
         self.ignore, self.seed = ignore, seed
         self.val_fraction = (0.1 if masks else 0.0) if val_fraction is None else val_fraction

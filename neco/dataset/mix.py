@@ -29,6 +29,10 @@ class Mix(Dataset):
             raise NecoError(f"parts: {wrong[0]!r} has a slash, which divides names from keys; call it something else")
         self.parts = {f"{name}/": parts[name] for name in parts}
 
+    @property
+    def chooses(self) -> bool:
+        return super().chooses or any(part.chooses for part in self.parts.values())
+
     def find(self, split: str) -> list[Sample]:
         found = []
         for prefix, part in self.parts.items():

@@ -21,7 +21,7 @@ from torch.utils import data
 from torchvision.transforms import functional as colour
 
 from neco import interrupt
-from neco.dataset.base import Dataset, Sample, read_image, read_label, stored_size
+from neco.dataset.base import Dataset, Sample, read_image, read_label, same_frame, stored_size
 from neco.dataset.files import stamp
 from neco.errors import NecoError
 from neco.eval.cache import Cache, Entry, Spec
@@ -178,9 +178,7 @@ class _Items(data.Dataset):
         frames = [frame.size for frame in (image, label) if frame]
         if image and sample.mask and not label:
             frames.append(stored_size(sample.mask))  # read later: the features are kept
-        if frames[0] != frames[-1]:
-            hint = "; only the image was turned, by its EXIF orientation" if frames[0] == frames[-1][::-1] else ""
-            raise NecoError(f"{sample.image} is {frames[0]} pixels large, its mask {sample.mask} is {frames[1]}{hint}")
+        same_frame(sample, frames[0], frames[-1])
         if self.draw:
             box = self.draw.box(sample.key, *frames[0])
             image = self.draw.jitter(sample.key, image).crop(box) if image else None

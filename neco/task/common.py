@@ -19,6 +19,7 @@ from torch import nn
 from neco import devices
 from neco.config import Settings, Train, build, call
 from neco.dataset.base import Dataset
+from neco.dataset.inspect import inspect
 from neco.errors import NecoError
 from neco.model import last_checkpoint
 from neco.model.weights import Which, locate, weights_hash
@@ -92,7 +93,7 @@ def outline(model: Mapping[str, Any] | None) -> Any:
 
 
 def check_evaluations(settings: Settings, dataset: Dataset, patch: int) -> str:
-    """The selected evaluations with their input sizes, for people; lists the files of the data set.
+    """The selected evaluations with their input sizes, for people; lists the files of the data set and tries a few.
 
     Raises NecoError for what would end one of them.
     """
@@ -100,6 +101,10 @@ def check_evaluations(settings: Settings, dataset: Dataset, patch: int) -> str:
         name: call(evaluation.plan, f"eval.{name}", patch=patch, dataset=dataset)[0]
         for name, evaluation in settings.build_all("eval").items()
     }
+    for split in ("train", "val"):
+        if dataset.listed(split):
+            for why in inspect(dataset, split, looks=8, seconds=2).bad.values():
+                raise NecoError(f"{split} of the data set to evaluate on: {why}")
     return ", ".join(f"{name} ({size} pixels)" for name, size in sizes.items())
 
 

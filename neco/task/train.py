@@ -51,6 +51,8 @@ FREE = {
     "val_dataset",
     "dataset.root",
     "dataset.max_bad",
+    "dataset.index",
+    "dataset.files",  # the list of images itself is compared
 }
 FREE |= {f"train.{key}" for key in ("resume", "workers", "eval_epochs", "save_epochs", "save_minutes", "log_steps")}
 FREE |= {f"train.{key}" for key in ("devices", "nodes", "strategy", "checkpoint_activations", "monitor", "patience")}
@@ -66,6 +68,7 @@ FIXED = (
 class Job:
     """What `prepare` found out."""
 
+    dataset: Dataset
     samples: list[Sample]
     shares: list[tuple[int, int]]
     limits: Limits
@@ -128,7 +131,7 @@ def prepare(settings: Settings) -> Job:
                 f"train.monitor={options.monitor}: EVALUATION/NETWORK/METRIC is wanted, of what is evaluated here: "
                 f"{', '.join(evaluated) or 'nothing'}; {' and '.join(networks)}"
             )
-    return Job(samples, shares, limits, views, network, plan, val, val_name, chosen, device)
+    return Job(dataset, samples, shares, limits, views, network, plan, val, val_name, chosen, device)
 
 
 def _fit(settings: Settings, views: Views, device: torch.device) -> Train:
@@ -186,6 +189,7 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
     leads = devices.leader()
     if leads:
         results.describe(output, settings.config, settings.overrides, device_name(device))
+        results.note_choice(output, train=job.dataset, val_dataset_train=None if job.val is job.dataset else job.val)
     store = results.Results(output, writes=leads)
     store.drop_after(done)
 

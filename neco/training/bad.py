@@ -11,11 +11,11 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 
 from neco import devices
 from neco.dataset.base import Sample, read_image
+from neco.dataset.inspect import places
 from neco.errors import NecoError
 from neco.training.data import OTHERS
 
@@ -44,9 +44,8 @@ def look(samples: Sequence[Sample], limits: Limits) -> None:
     for prefix, (allowed, images) in limits.items():
         end = time.monotonic() + SECONDS
         own = [sample for sample in samples if sample.key.startswith(prefix)]
-        places = np.unique(np.linspace(0, len(own) - 1, LOOKS).round().astype(int))
         bad: dict[str, str] = {}
-        for looked, place in enumerate(np.random.Generator(np.random.Philox(0)).permutation(places), 1):
+        for looked, place in enumerate(places(len(own), LOOKS), 1):
             if why := reason(own[place]):
                 bad[own[place].key] = why
                 if chance(len(bad), looked, allowed, images) < CHANCE:
@@ -100,8 +99,9 @@ class BadImages(pl.Callback):
             for index, why in new.items():
                 sample = self.samples[index]
                 self.known.add(_line(sample.key))
-                file.write("\t".join(map(_line, (sample.key, sample.image, why))) + "\n")
-                log.log(logging.WARNING if len(self.known) <= 3 else logging.DEBUG, "another image is taken: %s", why)
+                file.write("\t".join(map(_line, (sample.key, str(sample.image), why))) + "\n")
+                level = logging.WARNING if len(self.known) <= 3 else logging.DEBUG
+                log.log(level, "another image is taken: %s", why.encode(errors="backslashreplace").decode())
         for prefix, (allowed, images) in self.limits.items():
             bad = sum(key.startswith(prefix) for key in self.known)
             if bad > allowed:

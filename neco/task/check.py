@@ -1,0 +1,155 @@
+"""task=check: what is there of a data set, can it be used, what does it look like."""
+
+import html
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from neco import config, pages
+from neco.augment.views import Views, view_rng
+from neco.config import Settings, call
+from neco.dataset.base import Dataset
+from neco.dataset.inspect import Look, inspect, places, read_pair
+from neco.errors import NecoError
+from neco.results import columns
+from neco.task.common import outline
+from neco.training.bad import CHANCE, chance
+
+log = logging.getLogger(__name__)
+HEAD = ["data set", "split", "images", "published", "masks", "looked at", "unusable", "pixels"]
+
+
+@dataclass
+class Job:
+    """What `prepare` found out."""
+
+    datasets: dict[str, Dataset]
+    views: Views
+
+
+def prepare(settings: Settings) -> Job:
+    """Build the data set, or all of them. Raises NecoError for what cannot be."""
+    network = outline(settings.config.get("model"))
+    views = call(settings.build("augment").resolve, "augment", patch=network.patch, size=network.size)
+    if (name := settings.choices["dataset"]) != "all":
+        return Job({name: settings.build("dataset")}, views)
+    if settings.run.show:
+        raise NecoError(f"show={settings.run.show}: one data set at a time is shown; choose it with dataset=NAME")
+    datasets = {}
+    for name in config.options("dataset"):
+        node = config.option("dataset", name, settings.config)
+        if "parts" not in node and node.get("root", settings.run.data_root) != settings.run.data_root:
+            datasets[name] = config.build(node, f"dataset={name}")
+    return Job(datasets, views)
+
+
+def main(settings: Settings, job: Job, output: Path) -> None:
+    """Print what was found. Raises NecoError where the data set, or one of all that are there, is of no use."""
+    rows, useless = [HEAD], {}
+    for name, dataset in job.datasets.items():
+        found, lacking = splits(dataset)
+        rows += [row(name, split, look, dataset) for split, look in found.items()]
+        if not found:
+            rows.append([name, "none", *[""] * (len(HEAD) - 2)])
+        serves, problems = verdict(dataset, found)
+        if len(job.datasets) == 1:
+            log.info("\n%s", columns(rows))
+            for text in (*labels(dataset, found), *problems, *lacking.values()):
+                log.info("\n%s", text)
+            log.info("\nserves      %s", ", ".join(serves) or "nothing")
+        if not serves and (len(job.datasets) == 1 or problems):
+            useless[name] = problems or [*lacking.values()]
+    if len(job.datasets) > 1:
+        log.info("\n%s", columns(rows))
+    elif settings.run.show:
+        path = output / "check.html"
+        pages.page(path, f"{name}: {settings.run.show} images a split", pictures(dataset, job.views, settings))
+        log.info("wrote       %s", path)
+    if useless:
+        raise NecoError(f"{', '.join(useless)} cannot be used: {next(iter(useless.values()))[0].splitlines()[0]}")
+
+
+def splits(dataset: Dataset) -> tuple[dict[str, Look], dict[str, str]]:
+    """What was seen of each split, and what is wrong with those that cannot be listed."""
+    found, lacking = {}, {}
+    for split in dict.fromkeys(["train", "val", *dataset.counts]):
+        try:
+            found[split] = inspect(dataset, split)
+        except NecoError as error:
+            lacking[split] = f"{split}: {error}"
+    return found, lacking
+
+
+def verdict(dataset: Dataset, found: dict[str, Look]) -> tuple[list[str], list[str]]:
+    """What the data set serves, and what was seen to be wrong."""
+    serves, problems = [], []
+    for split, look in found.items():
+        if look.bad:
+            shown = "\n  ".join([*look.bad.values()][:5])
+            problems.append(f"{split}: {len(look.bad)} of {look.looked} images looked at cannot be used\n  {shown}")
+    if (train := found.get("train")) and train.images:
+        allowed = int(dataset.max_bad * train.images + 1e-9)
+        if chance(len(train.bad), train.looked, allowed, train.images) >= CHANCE:
+            serves.append("training")
+    if (val := found.get("val")) and dataset.classes and val.masks == val.images > 0 and not val.bad:
+        serves.append("evaluation")
+    return serves, problems
+
+
+def row(name: str, split: str, look: Look, dataset: Dataset) -> list[str]:
+    """A line of the table."""
+    published = dataset.counts.get(split)
+    ends = dict.fromkeys((min(look.sizes), max(look.sizes))) if look.sizes else ()
+    sizes = " to ".join(f"{width}x{height}" for width, height in ends)
+    numbers = [look.images, "" if published is None else published, look.masks, look.looked, len(look.bad)]
+    return [name, split, *map(str, numbers), sizes]
+
+
+def labels(dataset: Dataset, found: dict[str, Look]) -> Iterator[str]:
+    """Share of each class among the labelled pixels that were seen."""
+    for split, look in found.items():
+        if look.pixels.sum():
+            *pixels, ignored = look.pixels.tolist()
+            seen = {name: count for name, count in zip(dataset.classes, pixels, strict=True) if count}
+            most = sorted(seen, key=lambda name: -seen[name])
+            shares = ", ".join(f"{name} {100 * seen[name] / max(1, sum(pixels)):.1f}%" for name in most)
+            absent = [name for name in dataset.classes if name not in seen]
+            unseen = f"; not among them: {', '.join(absent)}" if absent else ""
+            yield (
+                f"{split}, {len(look.sizes)} masks: {len(seen)} of {len(dataset.classes)} classes: {shares}{unseen}; "
+                f"{100 * ignored / look.pixels.sum():.1f}% of all pixels are ignored"
+            )
+
+
+def pictures(dataset: Dataset, views: Views, settings: Settings) -> Iterator[str]:
+    """HTML of images with their masks and class names; of train also the views, and where on the image they are."""
+    palette = pages.colours(max(len(dataset.classes), len(views.sizes)))
+    for split in ("train", "val"):
+        try:
+            samples = dataset.samples(split)
+        except NecoError as error:
+            yield f"<h2>{split}</h2><pre>{html.escape(str(error))}</pre>"
+            continue
+        yield f"<h2>{split}</h2>"
+        for place in places(len(samples), settings.run.show):
+            sample, name = samples[place], html.escape(samples[place].key)
+            try:
+                image, label = read_pair(dataset, sample)
+            except NecoError as error:
+                yield f"<h3>{name}</h3><pre>{html.escape(str(error))}</pre>"
+                continue
+            yield f"<h3>{name}, {image.shape[1]}x{image.shape[0]}</h3>"
+            drawn = views.sample(view_rng(settings.run.seed, 0, place), *image.shape[:2]) if split == "train" else None
+            yield pages.figure(image if drawn is None else pages.boxed(image, drawn.crops, palette))
+            if label is not None:
+                there = [i for i in np.bincount(label.ravel()).nonzero()[0] if i < len(dataset.classes)]
+                names = " ".join(pages.swatch(palette[i], dataset.classes[i]) for i in there)
+                yield pages.figure(pages.overlay(image, label, palette), names)
+            if drawn is not None:
+                pixels = [view for group in views.apply(image, drawn) for view in group.permute(0, 2, 3, 1).numpy()]
+                for number, view in enumerate(pixels):
+                    caption = pages.swatch(palette[number], f"view {number}: {view.shape[1]}x{view.shape[0]}")
+                    yield pages.figure(view, caption, side=160)

@@ -1,0 +1,119 @@
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from neco.dataset import files
+from neco.dataset.files import Tree, listing
+from neco.errors import NecoError
+
+HOUR = 3600 * 10**9
+
+
+def settle(folder):
+    """Let all folders be an hour old, each at a time of its own."""
+    now = time.time_ns() - HOUR
+    for number, (path, _, _) in enumerate(os.walk(folder)):
+        os.utime(path, ns=(now, now + number))
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "KEEP", 5)
+    for name in ("a/1.jpg", "a/2.jpg", "b/c/3.jpg", "b/c/notes.txt", "b/4.png", "5.jpg", ".hidden/6.jpg", "d/7.tar.gz"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    settle(tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Folders that were read, not taken from the kept listing."""
+    found: list[str] = []
+    real = files._names
+    monkeypatch.setattr(files, "_names", lambda folder: (found.append(Path(folder).name), real(folder))[1])
+    return found
+
+
+def test_a_kept_listing_is_renewed_where_something_was_added_removed_or_renamed(photos, read, tmp_path):
+    changes = {
+        "nothing": (lambda: None, []),
+        "added": (lambda: (photos / "b/c/8.jpg").touch(), ["c"]),
+        "removed": (lambda: (photos / "a/1.jpg").unlink(), ["a"]),
+        "renamed": (lambda: (photos / "a/2.jpg").rename(photos / "a/9.jpg"), ["a"]),
+        "moved": (lambda: (photos / "a/9.jpg").rename(photos / "b/9.jpg"), ["a", "b"]),
+        "a folder renamed": (lambda: (photos / "b/c").rename(photos / "b/e"), ["b", "e"]),
+        "a folder added": (lambda: (photos / "d/f").mkdir(), ["d", "f"]),
+    }
+    everything = ["photos", "a", "b", "c", "d"]
+
+    def fresh():
+        read.clear()
+        return listing(str(photos), tmp_path / "index")
+
+    assert set(fresh()) == {"", "a/", "b/", "b/c/", "d/"} and read == everything
+    for what, (change, wanted) in changes.items():
+        change()
+        found = fresh()
+        assert read == wanted, what
+        assert found == listing(str(photos)), "as without the kept one"
+        fresh()
+        # what has just changed may change again unseen; a renamed folder itself did not change
+        assert read == [name for name in wanted if name != "e"], what
+        settle(photos)
+        fresh(), fresh()
+        assert read == [], f"{what}: it was long ago"
+    assert list(Tree(photos, tmp_path / "index").images()) == ["5.jpg", "b/4.png", "b/9.jpg", "b/e/3.jpg", "b/e/8.jpg"]
+
+
+def test_short_listings_are_not_kept_and_broken_ones_are_made_anew(photos, read, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    found = listing(str(photos), index)
+    (kept,) = index.glob("listing-*.npz")
+    kept.write_bytes(kept.read_bytes()[:-50])
+    read.clear()
+    assert listing(str(photos), index) == found and len(read) == 5
+    kept.unlink()
+    monkeypatch.setattr(files, "KEEP", 100)
+    listing(str(photos), index)
+    assert not kept.exists()
+
+
+def test_folders_without_a_time_are_always_read(photos, read, tmp_path):
+    for path in (photos / "a", photos / "b"):
+        os.utime(path, ns=(0, 0))
+    listing(str(photos), tmp_path / "index")
+    read.clear()
+    assert listing(str(photos), tmp_path / "index") == listing(str(photos)) and read[:2] == ["a", "b"]
+
+
+def test_links_are_followed_but_not_to_a_folder_above(tmp_path):
+    (tmp_path / "x/a").mkdir(parents=True)
+    (tmp_path / "x/a/1.jpg").touch()
+    (tmp_path / "x/a/up").symlink_to(tmp_path / "x")
+    (tmp_path / "x/b").symlink_to(tmp_path / "x/a")
+    assert list(Tree(tmp_path / "x").images()) == ["a/1.jpg", "b/1.jpg"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, caplog):
+    (tmp_path / "lost+found").mkdir(mode=0)
+    (tmp_path / "1.jpg").touch()
+    assert list(Tree(tmp_path).images()) == ["1.jpg"] and "lost+found is left out" in caplog.text
+    tmp_path.chmod(0)
+    with pytest.raises(NecoError, match="permission denied"):
+        listing(str(tmp_path))
+    tmp_path.chmod(0o755)
+
+
+def test_missing_says_what_is_there(tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"PK\5\6" + bytes(18))
+    tree = Tree(tmp_path)
+    said = str(tree.missing("maps", ["maps/train"], "Get them."))
+    assert f"{tmp_path}/maps/train" in said and f"{tmp_path} holds photos.zip" in said and "Get them." in said
+    assert "holds nothing" in str(Tree(tmp_path / "photos.zip").missing("maps", ["maps"], "Get them."))
+    assert "does not exist" in str(Tree(tmp_path / "none").missing("maps", ["maps"], "Get them."))
+    (tmp_path / "note.txt").touch()
+    assert "is a file" in str(Tree(tmp_path / "note.txt").missing("maps", ["maps"], "Get them."))
