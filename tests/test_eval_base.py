@@ -190,7 +190,7 @@ def test_a_size_that_is_no_multiple_names_its_neighbours() -> None:
 
 
 def test_labelled_sorts_and_refuses_what_cannot_be_evaluated(dataset: Files) -> None:
-    dataset.listed["val"] = dataset.listed["val"][::-1]
+    dataset.rows["val"] = dataset.rows["val"][::-1]
     assert [s.key for s in base.labelled(dataset, "val")] == [f"val/{i}" for i in range(5)]
     assert [s.key for s in base.labelled(dataset, "val", 2)] == [f"val/{i}" for i in range(4)]
     with pytest.raises(NecoError, match="drop_last=6 leaves none"):

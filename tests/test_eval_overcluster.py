@@ -108,7 +108,7 @@ def test_engines_agree_within_the_noise_of_seeds(dataset: Files) -> None:
 
 def test_batch_size_workers_and_order_change_nothing(dataset: Files) -> None:
     first = Overcluster(k=[5, 9], **QUICK)(Conv(8), dataset, extract=HERE)
-    dataset.listed["val"].reverse()
+    dataset.rows["val"].reverse()
     other = Overcluster(k=[5, 9], **QUICK)(Conv(8), dataset, extract=Extract(batch_size=1, workers=2))
     assert other.metrics == pytest.approx(first.metrics, abs=1e-3)
 

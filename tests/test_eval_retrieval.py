@@ -181,7 +181,7 @@ def test_augmented_memory_still_knows(tmp_path: Path) -> None:
 def test_batch_size_workers_order_and_engine_change_nothing(dataset: Files) -> None:
     values = {"size": 32, "k": [1, 7], "passes": 2, "memory_size": 60}
     first = Retrieval(**values)(Conv(8), dataset, extract=HERE, seed=3)
-    for split in dataset.listed.values():
+    for split in dataset.rows.values():
         split.reverse()
     for engine, extract in (("faiss", Extract(batch_size=1, workers=2)), ("torch", Extract(batch_size=4, workers=0))):
         other = Retrieval(engine=engine, **values)(Conv(8), dataset, extract=extract, seed=3)
@@ -260,8 +260,8 @@ def test_zero_features_are_no_nan(dataset: Files) -> None:
 
 def test_reference_leaves_out_the_last_partial_batch(dataset: Files) -> None:
     found = Retrieval(compat="reference", size=32, drop_last=3, **EXACT)(Conv(8), dataset, extract=HERE)
-    for split in dataset.listed:
-        dataset.listed[split] = dataset.listed[split][:3]
+    for split in dataset.rows:
+        dataset.rows[split] = dataset.rows[split][:3]
     wanted = Retrieval(compat="reference", size=32, **EXACT)(Conv(8), dataset, extract=HERE)
     assert found.metrics == wanted.metrics and found.protocol == wanted.protocol + "/drop_last=3"
 

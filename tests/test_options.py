@@ -1,6 +1,7 @@
 """Every option of every group is reachable and runs on tiny data; a new option is tested by existing."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -87,7 +88,9 @@ def test_logger_records_a_run(train, name, tmp_path):
     assert (folder / "metrics.csv").is_file() == (name == "csv")
     if name == "wandb":
         (stored,) = folder.glob("wandb/offline-run-*/*.wandb")
-        data = stored.read_bytes()
+        end = time.monotonic() + 30
+        while b"images_per_second" not in (data := stored.read_bytes()) and time.monotonic() < end:
+            time.sleep(0.1)  # its service writes on after the run has ended
         assert b"lr_backbone" in data and b"images_per_second" in data
         assert (folder / "wandb_id.txt").read_text().encode() in data
 
