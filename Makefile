@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[test,dev]'
 	@touch $@
 
-demo: $(INSTALLED) ## post-train a small ViT on drawn scenes and show what it gained (about 4 minutes on 2 idle cores)
+demo: $(INSTALLED) ## post-train a small ViT on drawn scenes and show what it gained (2 to 4 minutes on 2 cores)
 	$(BIN)/python -m neco task=train experiment=demo
 
 demo-study: $(INSTALLED) ## the demo with 5 seeds and its controls (about an hour)
