@@ -31,6 +31,36 @@ def test_equals_sorting(engine: Engine, queries: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_half_precision_from_a_file_is_exact_for_what_is_stored(engine: Engine, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(neighbours, "ENTRIES", 100)
+    memory = neighbours.bank(450, 16, torch.float16, tmp_path / "bank")
+    memory[:] = vectors(450, 0)
+    assert not [*(tmp_path / "bank").iterdir()], "nothing is left behind, whatever happens"
+    queries = vectors(70, 1)
+    values, places = Neighbours(memory, engine=engine)(queries, 30)
+    everything = (queries.double() @ memory.double().T).sort(dim=1, descending=True)
+    torch.testing.assert_close(values.double(), everything.values[:, :30], atol=1e-6, rtol=0)
+    assert (places == everything.indices[:, :30]).float().mean() > 0.999, "but for ties"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_cells_find_most_and_with_all_probed_everything(dtype: torch.dtype) -> None:
+    memory, queries = vectors(2000, 0).to(dtype), vectors(50, 1)
+    exact = Neighbours(memory)(queries, 10)[1]
+    share = {}
+    for probes in (1, 4, 16):
+        values, places = Neighbours(memory, cells=16, probes=probes)(queries, 10)
+        assert ((places >= 0) == (values > -2)).all()
+        share[probes] = (places[:, :, None] == exact[:, None]).any(2).float().mean()
+    assert 0.1 < share[1] < share[4] < share[16] and share[16] > 0.99
+
+
+def test_a_bank_without_room_is_refused(tmp_path) -> None:
+    with pytest.raises(NecoError, match=r"a memory of 1024000\.0 GB is wanted in"):
+        neighbours.bank(10**12, 512, torch.float16, tmp_path)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_all_entries_can_be_asked_for_but_no_more(engine: Engine) -> None:
     index = Neighbours(vectors(12, 0), engine=engine)
     assert index(vectors(3, 1), 12)[1].sort(1).values.tolist() == [list(range(12))] * 3

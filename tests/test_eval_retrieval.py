@@ -301,18 +301,30 @@ OTHERS = {
     "memory_size": 40,
     "engine": "torch",
     "drop_last": 3,
+    "storage": "float16",
+    "bank_dir": "bank",
+    "cells": 3,
+    "probes": 1,
+}
+FIRST = {  # what an option needs beside it to matter
+    "drop_last": {"compat": "reference", "augment": "none", "k": 4},
+    "cells": {"probes": 1},
+    "probes": {"cells": 3},
 }
 
 
 @pytest.mark.parametrize("key", OTHERS)
-def test_every_option_of_the_yaml_does_something(dataset: Files, key: str) -> None:
+def test_every_option_of_the_yaml_does_something(dataset: Files, key: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     options = yaml.safe_load((ROOT / "conf/eval/retrieval.yaml").read_text())
     assert options.pop("_target_") == "neco.eval.retrieval.Retrieval" and options.keys() == OTHERS.keys()
     dataset.image_size = 32
-    base = options | ({"compat": "reference", "augment": "none", "k": 4} if key == "drop_last" else {})
+    base = options | FIRST.get(key, {})
     before = Retrieval(**base)(Conv(8), dataset, extract=HERE)
     after = Retrieval(**base | {key: OTHERS[key]})(Conv(8), dataset, extract=HERE)
-    if key == "engine":
+    if key in ("engine", "bank_dir"):
         assert after.metrics == pytest.approx(before.metrics, abs=1e-9) and after.protocol == before.protocol
+    elif key == "storage":
+        assert after.metrics == pytest.approx(before.metrics, abs=0.02) and after.protocol != before.protocol
     else:
         assert after.metrics != before.metrics and after.protocol != before.protocol

@@ -1,14 +1,18 @@
-"""Exact nearest neighbours by inner product, with faiss or plain torch.
+"""Nearest neighbours by inner product, with faiss or plain torch, in memories that need not fit into RAM.
 
 Shapes: M memory entries, Q queries, D channels, k neighbours.
 """
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +20,7 @@ from neco.errors import NecoError
 
 Engine = Literal["faiss", "torch"]
 QUERIES, ENTRIES = 1024, 65536  # the torch engine holds QUERIES x ENTRIES similarities at a time
+LEAST, SAMPLE = 39, 64  # entries a cell: in all (faiss's own limit), and from which the cells are found
 
 
 def check_engine(engine: Engine) -> None:
@@ -46,51 +51,111 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def bank(rows: int, dim: int, dtype: torch.dtype, folder: Path | None = None) -> Tensor:
+    """Room for a memory (M, D): in RAM, or in a nameless file in `folder` that is gone when nothing uses it any more.
+
+    Raises NecoError when there is no room for the file.
+    """
+    if folder is None:
+        return torch.empty(rows, dim, dtype=dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    size = rows * dim * dtype.itemsize
+    if size > (free := shutil.disk_usage(folder).free):
+        raise NecoError(f"a memory of {size / 1e9:.1f} GB is wanted in {folder}, where {free / 1e9:.1f} GB are free")
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(size)
+        mapped = np.memmap(file, np.dtype(str(dtype).removeprefix("torch.")), "r+", shape=(rows, dim))
+    return torch.from_numpy(mapped)
+
+
 class Neighbours:
-    """The `k` entries of a memory with the largest inner product with each query; both engines give the same.
+    """The `k` entries of a memory with the largest inner product with each query.
+
+    A flat search is exact for the memory as it is stored, with either engine; products are made in float32.
 
     Args:
-        memory: float32 (M, D); kept, not copied, by the CPU engines.
-        engine: `faiss`, a flat index, on the GPUs when `device` is one and faiss was built for them; or `torch`.
+        memory: (M, D) float32 or float16, also memory-mapped (see `bank`); kept, not copied, by the CPU engines.
+        engine: `faiss`, on the GPUs when `device` is one and faiss was built for them; or `torch`.
         device: where the torch engine works.
+        cells: 0 = flat. Else faiss's inverted file of so many cells, of which `probes` are searched: faster, and not
+            all neighbours are found.
+
+    Raises:
+        NecoError: cells with the torch engine, or more of them than entries.
     """
 
-    def __init__(self, memory: Tensor, *, engine: Engine = "faiss", device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        memory: Tensor,
+        *,
+        engine: Engine = "faiss",
+        device: str | torch.device = "cpu",
+        cells: int = 0,
+        probes: int = 64,
+    ) -> None:
         check_engine(engine)
+        if cells and (engine == "torch" or cells > len(memory)):
+            raise NecoError(f"cells={cells} need engine=faiss and as many memory entries ({len(memory)} here)")
         self.engine = engine
         self.device = torch.device(device if engine == "torch" else "cpu")
-        self.memory = memory.float().contiguous().to(self.device)
+        self.memory = memory.contiguous().to(self.device)
         self.index = None
-        if engine == "faiss" and torch.device(device).type == "cuda" and (faiss := load_faiss()).get_num_gpus():
-            self.index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(memory.shape[1]))
-            self.index.add(self.memory.numpy())
+        gpus = engine == "faiss" and torch.device(device).type == "cuda" and load_faiss().get_num_gpus()
+        if cells or gpus:
+            self.index = self._built(cells, probes, bool(gpus))
 
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Queries float32 (Q, D) -> similarities (Q, k), largest first, and int64 indices (Q, k), on `self.device`.
+
+        Where the cells searched hold fewer than `k` entries the rest has the lowest similarity there is and index -1.
 
         Raises:
             NecoError: the memory has fewer than `k` entries.
         """
         if k > len(self.memory):
             raise NecoError(f"k={k} nearest of {len(self.memory)} memory entries: use a smaller k or more images")
-        if self.engine == "torch":
-            with full_precision():
-                parts = [self._search(part, k) for part in queries.to(self.device).split(QUERIES)]
-            return torch.cat([s for s, _ in parts]), torch.cat([i for _, i in parts])
-        faiss, wanted = load_faiss(), queries.float().cpu().contiguous().numpy()
         if self.index is not None:
-            found = self.index.search(wanted, k)
-        else:
-            found = faiss.knn(wanted, self.memory.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
-        return torch.from_numpy(found[0]), torch.from_numpy(found[1]).long()
+            values, places = self.index.search(queries.float().cpu().contiguous().numpy(), k)
+            return torch.from_numpy(values), torch.from_numpy(places).long()
+        size = QUERIES if self.engine == "torch" else len(queries)
+        with full_precision():
+            parts = [self._search(part, k) for part in queries.float().to(self.device).split(max(1, size))]
+        return torch.cat([s for s, _ in parts]), torch.cat([i for _, i in parts])
 
     def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values = queries.new_empty(len(queries), 0)
         places = torch.empty(len(queries), 0, dtype=torch.long, device=self.device)
-        for start in range(0, len(self.memory), ENTRIES):
-            block = queries @ self.memory[start : start + ENTRIES].T
-            best, at = block.topk(min(k, block.shape[1]))
+        # faiss has blocks of its own; only stored numbers of another type need them here
+        entries = len(self.memory) if self.engine == "faiss" and self.memory.dtype == torch.float32 else ENTRIES
+        for start in range(0, len(self.memory), entries):
+            best, at = self._nearest(queries, self.memory[start : start + entries].float(), k)
             values, places = torch.cat([values, best], 1), torch.cat([places, at + start], 1)
             values, order = values.topk(min(k, values.shape[1]))
             places = places.gather(1, order)
         return values, places
+
+    def _nearest(self, queries: Tensor, block: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        k = min(k, len(block))
+        if self.engine == "torch":
+            values, places = (queries @ block.T).topk(k)
+            return values, places
+        faiss = load_faiss()
+        values, places = faiss.knn(queries.numpy(), block.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+        return torch.from_numpy(values), torch.from_numpy(places).long()
+
+    def _built(self, cells: int, probes: int, gpus: bool) -> Any:
+        """A faiss index of the memory, which stores float16 as that."""
+        faiss, half, (rows, dim) = load_faiss(), self.memory.dtype == torch.float16, self.memory.shape
+        kind = (f"IVF{cells}," if cells else "") + ("SQfp16" if half else "Flat")
+        index = faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
+        if cells:
+            sample = torch.linspace(0, rows - 1, min(rows, SAMPLE * cells), dtype=torch.float64).long()
+            index.train(self.memory[sample].float().numpy())
+            index.nprobe = min(probes, cells)
+        if gpus:
+            options = faiss.GpuMultipleClonerOptions()
+            options.shard, options.useFloat16 = True, half
+            index = faiss.index_cpu_to_all_gpus(index, co=options)
+        for start in range(0, rows, ENTRIES):
+            index.add(self.memory[start : start + ENTRIES].float().numpy())
+        return index

@@ -8,6 +8,7 @@ k neighbours, C classes.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from neco.errors import NecoError
 from neco.eval import metrics
 from neco.eval.base import Draw, Extract, PatchFeatures, Result, check_drop, generator, input_size, labelled
 from neco.eval.metrics import Compat
-from neco.eval.neighbours import Engine, Neighbours, check_engine
+from neco.eval.neighbours import LEAST, Engine, Neighbours, bank, check_engine
 from neco.values import STD, NonNegative, Positive, PositiveFloat
 
 SIZE = 512  # published
@@ -76,7 +77,12 @@ class Retrieval:
         augment: `published` = random crops and jitter of the memory images, `none` = the whole images.
         passes: over the training images; null = 2 with augmentation, 1 without (the same entries again).
         memory_size: entries at most, shared evenly by passes and images; null = all patches.
-        engine: of the search, both exact.
+        engine: of the search.
+        storage: of the memory's features; half the bytes with float16, in which neighbours at nearly equal distance can
+            change places.
+        bank_dir: folder for a memory that is mapped from a file instead of held in RAM; null = RAM.
+        cells: 0 = exact search; else that of faiss's inverted file of so many cells, `probes` of them searched.
+        probes: cells searched for each query.
         drop_last: of `reference`: images are left out that do not fill a last batch of so many (published: 64);
             0 = none.
 
@@ -95,10 +101,18 @@ class Retrieval:
         passes: Positive | None = None,
         memory_size: Positive | None = 10_240_000,
         engine: Engine = "faiss",
+        storage: Literal["float32", "float16"] = "float32",
+        bank_dir: str | None = None,
+        cells: NonNegative = 0,
+        probes: Positive = 64,
         drop_last: NonNegative = 0,
     ) -> None:
         check_engine(engine)
         check_drop(compat, drop_last)
+        if cells and engine == "torch":
+            raise NecoError(f"cells={cells}: the inverted file is faiss's; use engine=faiss or cells=0")
+        self.storage, self.bank_dir = storage, Path(bank_dir).expanduser() if bank_dir else None
+        self.cells, self.probes = cells, probes
         self.compat = compat
         self.size = size
         self.ks = sorted({k} if isinstance(k, int) else {*k})
@@ -128,6 +142,8 @@ class Retrieval:
             )
         if self.ks[-1] > (entries := len(train) * self.passes * share):
             raise NecoError(f"k={self.ks[-1]} nearest of at most {entries} memory entries: use a smaller k")
+        if self.cells * LEAST > entries:
+            raise NecoError(f"cells={self.cells} of at most {entries} memory entries: {entries // LEAST} are possible")
         return size, share, train, val
 
     def __call__(
@@ -140,7 +156,9 @@ class Retrieval:
         extract, classes = extract or Extract(), len(dataset.classes)
         size, share, train, val = self.plan(backbone.patch, dataset)
         memory, labels = self._remember(backbone, dataset, train, size, share, extract, seed)
-        index = Neighbours(memory, engine=self.engine, device=extract.place(backbone))
+        index = Neighbours(
+            memory, engine=self.engine, device=extract.place(backbone), cells=self.cells, probes=self.probes
+        )
         labels = labels.to(index.device)
         matrices = {k: torch.zeros(classes, classes, dtype=torch.long) for k in self.ks}
         own = devices.share(val)
@@ -149,7 +167,7 @@ class Retrieval:
             # The whole batch at once: faiss is 8 times slower at a few hundred queries than at a thousand.
             near, where = index(F.normalize(features.flatten(0, 2), dim=1), self.ks[-1])
             for mask, cosines, places in zip(masks, near.split(side.numel()), where.split(side.numel()), strict=True):
-                found = labels[places]
+                found = labels[places].float() / backbone.patch**2
                 for k, matrix in matrices.items():
                     shares = vote(cosines[:, :k], found[:, :k], self.temperature)
                     shares = shares.T.reshape(1, classes, *side)
@@ -187,10 +205,11 @@ class Retrieval:
         extract: Extract,
         seed: int,
     ) -> tuple[Tensor, Tensor]:
-        """Normalised features (M, D) and soft labels (M, C) of the memory, allocated once in each process."""
+        """Normalised features (M, D) and pixels of each class (M, C) of the memory, allocated once in each process."""
         samples = devices.share(samples)
-        memory = torch.empty(len(samples) * self.passes * share, backbone.dim)
-        labels = torch.empty(len(memory), len(dataset.classes))
+        room, pixels = len(samples) * self.passes * share, backbone.patch**2
+        memory = bank(room, backbone.dim, getattr(torch, self.storage), self.bank_dir)
+        labels = torch.empty(room, len(dataset.classes), dtype=torch.uint8 if pixels < 256 else torch.int16)
         filled = 0
         scale = (0.5, 2.0) if self.compat == "reference" else (0.5, 1.0)
         for turn in range(self.passes):
@@ -207,7 +226,7 @@ class Retrieval:
                 best = scores.flatten(1).topk(share, largest=False)
                 kept = best.values.isfinite()
                 image = torch.arange(len(soft))[:, None].expand_as(kept)[kept]
-                for store, values in ((memory, F.normalize(features, dim=3)), (labels, soft)):
+                for store, values in ((memory, F.normalize(features, dim=3)), (labels, (soft * pixels).round())):
                     store[filled : filled + len(image)] = values.flatten(1, 2)[image, best.indices[kept]]
                 filled += len(image)
         return devices.gather_uneven(memory[:filled]), devices.gather_uneven(labels[:filled])
@@ -221,4 +240,6 @@ class Retrieval:
             f"memory={self.memory_size or 'all'}",
             f"temperature={self.temperature:g}",
         ]
+        parts += [self.storage] * (self.storage != "float32")
+        parts += [f"cells={self.cells}x{self.probes}"] * bool(self.cells)
         return "/".join(parts + [f"drop_last={self.drop_last}"] * bool(self.drop_last))
