@@ -14,13 +14,13 @@ from neco.results import write
 
 STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2em;max-width:1400px;color:#222;background:#fff}
 figure{display:inline-block;margin:0 1em 1em 0;vertical-align:top}figcaption{font-size:12px;max-width:420px}
-img{display:block;max-width:100%}i{display:inline-block;width:.9em;height:.9em;margin-right:.3em}
+span{white-space:nowrap}img{display:block;max-width:100%}i{display:inline-block;width:.9em;height:.9em;margin-right:.3em}
 table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}"""
 
 
 def colours(count: int) -> np.ndarray:
     """uint8 (count, 3): colours that neighbours in number do not share."""
-    steps = (((i * 0.618034) % 1, 0.55 + 0.45 * (i % 2), 1 - 0.35 * (i // 2 % 2)) for i in range(count))
+    steps = ((i * 0.618034 % 1, (0.6, 1)[i % 2], (1, 0.75, 0.5)[i // 2 % 3]) for i in range(count))
     return (255 * np.array([colorsys.hsv_to_rgb(*step) for step in steps]).reshape(-1, 3)).astype(np.uint8)
 
 
@@ -35,7 +35,7 @@ def boxed(image: np.ndarray, boxes: Iterable[Sequence[int]], palette: np.ndarray
     """An image with boxes (x1, y1, x2, y2) in pixels drawn on it."""
     drawn = Image.fromarray(image)
     pen, width = ImageDraw.Draw(drawn), max(2, max(image.shape) // 200)
-    for box, colour in zip(boxes, palette.tolist(), strict=True):
+    for box, colour in zip(boxes, palette.tolist(), strict=False):  # there may be more colours
         pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=tuple(colour), width=width)
     return np.asarray(drawn)
 

@@ -27,7 +27,7 @@ def streets(tmp_path):
                 mask[-1, -1] = 255
                 Image.fromarray(np.full((24, 32, 3), 40 * i % 256, np.uint8)).save(tmp_path / f"images/{split}/{i}.png")
                 Image.fromarray(mask).save(tmp_path / f"masks/{split}/{i}.png")
-        return ["dataset=folder", "dataset.root=images", "dataset.masks=masks", "dataset.classes=[road,sky]"]
+        return ["dataset=folder", "dataset.root=images", "dataset.masks=masks", "dataset.classes=[road,sky,c,d,e,f,g]"]
 
     return make
 
@@ -37,7 +37,7 @@ def test_a_whole_data_set(inside, streets, tmp_path):
     assert code == 0 and "serves      training, evaluation" in said
     assert re.search(r"folder +val +6 +6 +6 +0 +32x24", said), said
     labelled = 24 * 32 - 1
-    assert f"val, 6 masks: 2 of 2 classes: road {100 - 100 * 6 * 32 / labelled:.1f}%" in said
+    assert f"val, 6 masks: 2 of 7 classes: road {100 - 100 * 6 * 32 / labelled:.1f}%" in said
     assert "0.1% of all pixels are ignored" in said
     text = (tmp_path / "run" / "check.html").read_text()
     assert text.count("<h3>") == 4 and text.count("<figure>") == 2 * (1 + 1 + 6) + 2 * 2

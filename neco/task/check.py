@@ -57,7 +57,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         serves, problems = verdict(dataset, found)
         if len(job.datasets) == 1:
             log.info("\n%s", columns(rows))
-            for text in (*labels(dataset, found), *problems, *lacking.values()):
+            for text in (*examples(dataset, found), *labels(dataset, found), *problems, *lacking.values()):
                 log.info("\n%s", text)
             log.info("\nserves      %s", ", ".join(serves) or "nothing")
         if not serves and (len(job.datasets) == 1 or problems):
@@ -106,6 +106,14 @@ def row(name: str, split: str, look: Look, dataset: Dataset) -> list[str]:
     sizes = " to ".join(f"{width}x{height}" for width, height in ends)
     numbers = [look.images, "" if published is None else published, look.masks, look.looked, len(look.bad)]
     return [name, split, *map(str, numbers), sizes]
+
+
+def examples(dataset: Dataset, found: dict[str, Look]) -> Iterator[str]:
+    """The first pair of each split, which shows the layout."""
+    for split in found:
+        if samples := dataset.samples(split):
+            mask = f" with {samples[0].mask}" if samples[0].mask else ""
+            yield f"{split} begins with {samples[0].image}{mask}"
 
 
 def labels(dataset: Dataset, found: dict[str, Look]) -> Iterator[str]:
