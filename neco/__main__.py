@@ -20,7 +20,7 @@ USAGE = """neco: dense post-training of vision transformers, and what it does to
 examples
   python -m neco task=train dataset=coco model=dinov2r_vits14 dataset@val_dataset=camvid
   python -m neco task=eval checkpoint=runs/my_run weights=teacher dataset=camvid eval=[retrieval,overcluster]
-  python -m neco -m task=eval model=tiny,dino_vits16 weights=none eval=overcluster eval.overcluster.k=12,100,300
+  python -m neco -m task=eval model=dinov2_vits14,dino_vits16 dataset=camvid eval=overcluster eval.overcluster.k=11,300
 
 """
 
@@ -88,9 +88,10 @@ def run(cfg: Any) -> float | None:
     try:
         return task.main(settings, prepared, output)
     except interrupt.Interrupted as stop:
-        if (last := output / "checkpoints" / "last.ckpt").is_file():
-            again = [*(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={output}"]
-            stop.args = (f"{stop}; saved in {last}. To go on: python -m neco {shlex.join(again)}",)
+        last = output / "checkpoints" / "last.ckpt"
+        saved = f"saved in {last}" if last.is_file() else f"what is done is in {output}"
+        again = [*(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={output}"]
+        stop.args = (f"{stop}; {saved}. To go on: python -m neco {shlex.join(again)}",)
         raise
 
 

@@ -183,6 +183,7 @@ def check(
     from pydantic import TypeAdapter, ValidationError
 
     known = {name: found for name, found in parameters(target).items() if name not in runtime}
+    values = {name: value for name, value in values.items() if value != "???"}  # YAML's way of asking for one
     prefix = f"{where}." if where else ""
     for name in values:
         if name not in known:
@@ -307,6 +308,8 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
     top = {field.name for field in dataclasses.fields(Run)}
     known = top | SPINE.keys() | set(LEAVES) | set(LISTS)
     for name in config:
+        if name == "machine":
+            raise NecoError("machine/default.yaml: its first line has to be '# @package _global_'")
         if name not in known:
             raise NecoError(f"{name}: no such key{nearest(str(name), sorted(known))}")
     run = Run(**check(Run, {name: config[name] for name in config if name in top}, ""))

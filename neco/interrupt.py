@@ -24,9 +24,9 @@ _waits = False
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global asked
-    if not _waits or asked is not None:  # a second one is meant
+    again, asked = asked is not None, number  # also when it is raised: that may be lost in a callback of the system
+    if not _waits or again:  # a second one is meant
         raise Interrupted(number)
-    asked = number
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, b"\nstopping when this step is done and saved; once more: at once\n")
 
@@ -58,6 +58,22 @@ def put_off(waits: bool = True) -> None:
     _waits = waits
     if asked is not None and not waits:
         raise Interrupted(asked)
+
+
+def check() -> None:
+    """Raises the Interrupted that got lost, unless it is put off."""
+    if asked is not None and not _waits:
+        raise Interrupted(asked)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Signals come after the block, in which processes are forked; those are never sent them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore(worker: int) -> None:

@@ -35,7 +35,7 @@ def boxed(image: np.ndarray, boxes: Iterable[Sequence[int]], palette: np.ndarray
     """An image with boxes (x1, y1, x2, y2) in pixels drawn on it."""
     drawn = Image.fromarray(image)
     pen, width = ImageDraw.Draw(drawn), max(2, max(image.shape) // 200)
-    for box, colour in zip(boxes, palette.tolist(), strict=False):  # there may be more colours
+    for box, colour in zip(boxes, palette.tolist(), strict=True):
         pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=tuple(colour), width=width)
     return np.asarray(drawn)
 

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from neco import interrupt
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 PLAIN_SECONDS = 15.0
@@ -47,7 +49,9 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
         from rich.console import Console
 
         with Progress(*columns(), console=Console(stderr=True), transient=True) as bar:
-            yield from bar.track(items, total=total, description=what)
+            for item in bar.track(items, total=total, description=what):
+                interrupt.check()
+                yield item
         return
     start = last = time.monotonic()
     for done, item in enumerate(items):
@@ -57,4 +61,5 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
             if total:
                 left = f"/{total}, eta {duration((now - start) / done * (total - done))}"
             log.info("%s: %d%s", what, done, left)
+        interrupt.check()
         yield item

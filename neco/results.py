@@ -90,7 +90,11 @@ def note_choice(output: Path, **datasets: Dataset | None) -> None:
     """
     for name, dataset in datasets.items():
         if dataset and dataset.chooses and (samples := dataset.listed("train")):
-            write(output / f"{name}_files.txt", "".join(f"{sample.key}\n" for sample in samples))
+            keys = (f"./{s.key}" if s.key[0] in "# " else s.key for s in samples)  # else a comment, or stripped
+            write(output / f"{name}_files.txt", "".join(f"{key}\n" for key in keys))
+
+
+KEYS = ("step", "network", "evaluation", "weights", "dataset", "protocol", "metrics")
 
 
 class Results:
@@ -104,6 +108,8 @@ class Results:
             try:
                 self.records = json.loads(self.path.read_text())
                 self.records = [{"asked": None, **record} for record in self.records]
+                if lost := next((key for record in self.records for key in KEYS if key not in record), None):
+                    raise ValueError(f"a record has no {lost}")
             except (ValueError, TypeError) as error:
                 raise NecoError(f"{self.path} is damaged ({error}): mend it or move it away") from error
 

@@ -38,8 +38,8 @@ def bench_bank(entries: int, dim: int, queries: int, cells: int, probes: int, fo
     """Fill, search, compare."""
     device = torch.device("cpu")
     stored = bank(entries, dim, torch.float16, folder)
-    for start in track(range(0, entries, BLOCK), "filling"):
-        stored[start : start + BLOCK] = features(start, min(entries, start + BLOCK), dim)
+    for place in track(range(0, entries, BLOCK), "filling"):
+        stored[place : place + BLOCK] = features(place, min(entries, place + BLOCK), dim)
     asked = features(1, queries + 1, dim)
     rows = [["search", "seconds to build", "seconds", "found", "resident GB at the peak"]]
     start = time.perf_counter()

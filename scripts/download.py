@@ -200,7 +200,7 @@ def fetch(source: Source, path: Path, report: Callable[[int, int | None], None],
         if failures >= TRIES:
             raise NecoError(
                 f"{source.url}: {TRIES} tries failed, the last with: {problem}. "
-                f"{best / 1e6:.1f} MB are kept in {part}: the same command goes on from there"
+                + (f"{best / 1e6:.1f} MB are kept in {part}: the same command goes on from there" if best else "")
             ) from problem
         if stop.wait(min(60.0, PAUSE * 2**failures / 2)):
             raise Stopped

@@ -131,6 +131,7 @@ WRONG = [
     (["~loss"], ["loss=None", "choose one with loss=NAME"]),
     (["~train"], ["train", "~train"]),
     (["model=null"], ["model=null", "an option of the group"]),
+    (["dataset=folder"], ["dataset.root: needs a value"]),
     (["run_dir=/proc/x"], ["run_dir", "/proc/x"]),
     (["run_dir=null"], ["run_dir", "name of a folder"]),
     (["run_dir="], ["run_dir=''", "at least 1"]),
@@ -192,7 +193,9 @@ def test_every_option_fits_its_constructor(path):
         pytest.skip("holds no single object")
     target = config.locate(node["_target_"])
     values = {
-        key: value for key, value in node.items() if key not in ("_target_", "defaults") and "${" not in str(value)
+        key: value
+        for key, value in node.items()
+        if key not in ("_target_", "defaults") and "${" not in str(value) and value != "???"
     }
     runtime = [key for key in ("folder", "step", "device", "root") if key not in values]
     assert config.check(target, values, path.stem, runtime).keys() == values.keys()
@@ -209,6 +212,12 @@ def test_machine_file_with_a_wrong_key_is_named(inside, tmp_path):
     (tmp_path / "machine" / "default.yaml").write_text("# @package _global_\ntrain:\n  batch_sise: 3\n")
     _, error = inside("task=train")
     assert "train.batch_sise" in error and "batch_size" in error and "machine/default.yaml" in error
+
+
+def test_machine_file_without_its_first_line_is_named(inside, tmp_path):
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "machine" / "default.yaml").write_text("data_root: /somewhere\n")
+    assert "# @package _global_" in inside("task=train")[1]
 
 
 ORDER = {  # package -> siblings it may import

@@ -420,3 +420,26 @@ def test_training_on_an_archive_equals_training_on_its_folder(train, tmp_path):
     options = "dataset=folder", "model=tiny", "train.steps=3"
     real = losses(train(*options, f"dataset.root={tmp_path}/photos", folder="real"))
     assert losses(train(*options, f"dataset.root={tmp_path}/packed/photos.zip", "train.workers=1")) == real
+
+
+@pytest.mark.parametrize("more", (bytes(3 << 20), bytes(3072) + b"more", b"second"))
+def test_a_tar_that_goes_on_behind_its_end_was_not_written_whole(more):
+    """A hole in a preallocated file reads as zeros, and two files as one end after the first."""
+    whole = Path(tar("photos.tar", {"a.png": b"a"})).read_bytes()
+    tail = inside(tar, {"b.png": b"b"}) if more == b"second" else more
+    Path("photos.tar").write_bytes(whole + tail)
+    with pytest.raises(NecoError, match=r"photos\.tar is cut off.*goes on behind its end"):
+        Tree("photos.tar").images()
+
+
+def test_an_archive_that_is_partly_unpacked_beside_itself_is_refused():
+    files = {f"photos/{n}.png": b"x" for n in range(8)}
+    tar("photos.tar", files)
+    Path("photos").mkdir()
+    for n in range(5):
+        Path(f"photos/{n}.png").write_bytes(b"x")
+    with pytest.raises(NecoError, match=r"photos\.tar is only partly unpacked beside it, photos/5\.png"):
+        Tree(".").images()
+    for n in range(5, 8):
+        Path(f"photos/{n}.png").write_bytes(b"x")
+    assert len(Tree(".").images()) == 8

@@ -46,6 +46,26 @@ def test_labelled_folder_with_splits_and_an_ignored_value(tmp_path):
     assert (read_label(dataset, dataset.samples("val")[0]) == 255).all()
 
 
+def test_several_values_mean_nothing_and_others_are_named(tmp_path):
+    put(tmp_path / "i/x.jpg")
+    put(tmp_path / "m/x.png", 11)
+    keys = {"root": str(tmp_path / "i"), "masks": str(tmp_path / "m"), "classes": ["a"], "val_fraction": 0}
+    dataset = Folder(**keys, ignore=[11, 255])
+    assert (read_label(dataset, dataset.samples("train")[0]) == 255).all()
+    dataset = Folder(**keys)
+    with pytest.raises(NecoError, match=r"holds the value 11 .*dataset\.ignore"):
+        read_label(dataset, dataset.samples("train")[0])
+
+
+def test_masks_among_the_images_are_warned_of(tmp_path, caplog):
+    put(tmp_path / "train_x/images/a.png")
+    Folder(root=str(tmp_path)).samples("train")
+    assert not caplog.text
+    put(tmp_path / "train_x/labels/a.png")
+    Folder(root=str(tmp_path)).samples("train")
+    assert "1 of 2 images lie in folders that are called like masks" in caplog.text
+
+
 def test_masks_and_classes_come_together():
     with pytest.raises(NecoError, match=r"masks is set and dataset.classes is not"):
         Folder(root="x", masks="y")

@@ -261,3 +261,22 @@ def test_imagenet100_lists_its_classes(tmp_path):
     (tmp_path / "imagenet100.txt").unlink()
     text = said(built)
     assert f"{tmp_path}/imagenet100.txt" in text and "CMC" in text and "dataset=imagenet" in text
+
+
+def test_reduced_masks_of_ade20k_are_refused(tmp_path):
+    """0..149 and 255, as other programs write them, would all be one class off."""
+    built = LAYOUTS[ONE["ade20k"]](tmp_path)
+    sample = open_set(built).samples("val")[0]
+    save_mask(Path(sample.mask), np.array([[0, 149], [255, 3]], np.uint8))
+    with pytest.raises(NecoError, match="holds the value 255"):
+        read_label(open_set(built), sample)
+
+
+def test_two_masks_of_one_name_are_refused_and_deeper_ones_are_not_looked_at(tmp_path):
+    built = LAYOUTS[ONE["voc"]](tmp_path)
+    mask = Path(open_set(built).samples("val")[0].mask)
+    (mask.parent / "old").mkdir()
+    shutil.copy(mask, mask.parent / "old")
+    assert open_set(built).samples("val")[0].mask == str(mask)
+    shutil.copy(mask, mask.with_suffix(".bmp"))
+    assert "have the same name" in said(built, "val")

@@ -99,7 +99,8 @@ def test_logger_records_a_run(train, name, tmp_path):
 @pytest.mark.parametrize("name", options("dataset"))
 def test_data_sets_take_the_common_keys(name, group):
     chosen = "dataset" if group == "dataset" else "dataset@val_dataset"
-    wanted = [f"{chosen}={name}", *([f"{group}.parts={{shapes:1}}"] if name == "mix" else [])]
+    needed = {"mix": [f"{group}.parts={{shapes:1}}"], "folder": [f"{group}.root=my/images"]}
+    wanted = [f"{chosen}={name}", *needed.get(name, [])]
     keys = ("max_bad=0.05", "weight=0.5", "fraction=1/8", "subset_seed=3")
     dataset = config.load(*wanted, *(f"{group}.{key}" for key in keys)).build(group)
     assert (dataset.max_bad, dataset.weight, dataset.fraction, dataset.subset_seed) == (0.05, 0.5, 1 / 8, 3)

@@ -95,6 +95,16 @@ def test_all_data_sets_in_one_table(inside, streets, tmp_path):
     assert code == 2 and "dataset=all is for task=check" in said
 
 
+def test_a_set_without_its_masks_is_there_and_of_no_use(inside, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "data/camvid" / split).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"data/camvid/{split}/0.png")
+    code, said = inside("task=check", "dataset=all")
+    assert (
+        code == 2 and re.search(r"camvid +train +missing", said) and "camvid cannot be used: train: no CamVid" in said
+    )
+
+
 def test_places_are_spread_and_each_once():
     assert sorted(places(5, 48)) == [0, 1, 2, 3, 4] and places(0, 48) == []
     found = places(1000, 48)

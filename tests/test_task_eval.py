@@ -69,6 +69,31 @@ def test_other_values_in_the_same_folder_are_other_numbers(evaluate):
     assert len(evaluate("weights=none", "eval.overcluster.k=20", "dataset.val=5", evals=["overcluster"])) == 3
 
 
+def test_edited_masks_are_evaluated_anew_and_a_moved_set_is_not(evaluate, tmp_path):
+    from PIL import Image
+
+    for kind in ("i", "m"):
+        (tmp_path / kind).mkdir()
+        for n in range(6):
+            Image.new("L", (16, 16), n % 2 if kind == "m" else 40 * n).save(tmp_path / kind / f"{n}.png")
+    folder = ["dataset=folder", f"dataset.root={tmp_path}/i", f"dataset.masks={tmp_path}/m", "dataset.val_fraction=1"]
+    options = ["weights=none", "eval.overcluster.k=2", *folder, "dataset.classes=[a,b]"]
+
+    def records(**keys) -> list[dict]:
+        from neco.task import eval as task
+
+        wanted = config.load("task=eval", "extract.workers=0", "eval=overcluster", *LIGHT["overcluster"], *options)
+        task.main(wanted, task.prepare(wanted), tmp_path / "run")
+        return json.loads((tmp_path / "run/results.json").read_text())
+
+    assert len(records()) == len(records()) == 1
+    (tmp_path / "i").rename(tmp_path / "j")
+    options[3] = f"dataset.root={tmp_path}/j"
+    assert len(records()) == 1
+    Image.new("L", (16, 16), 1).save(tmp_path / "m/0.png")
+    assert len(records()) == 2
+
+
 def test_a_folder_holds_runs_of_one_task(train, evaluate):
     folder = train()
     before = (folder / "config.yaml").read_text()

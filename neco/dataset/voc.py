@@ -76,4 +76,9 @@ class VOC(Dataset):
 
 
 def _by_name(files: dict[str, Ref]) -> dict[str, Ref]:
-    return {without_suffix(key).rpartition("/")[2]: ref for key, ref in files.items()}
+    """Of the files directly in a folder. Raises NecoError for two of one name."""
+    found: dict[str, Ref] = {}
+    for key, ref in files.items():
+        if "/" not in key and (first := found.setdefault(without_suffix(key), ref)) != ref:
+            raise NecoError(f"{first} and {ref} have the same name: which one is meant is not clear")
+    return found

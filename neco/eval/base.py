@@ -291,7 +291,9 @@ class Extract:
             generator=torch.Generator(),  # else the loader draws a seed from the global one
         )
         start = 0
-        for batch in track(loader, what):
+        with interrupt.held():
+            batches = iter(loader)
+        for batch in track(batches, what, total=len(loader)):
             if isinstance(batch, NecoError):
                 raise batch
             rows = slice(start, min(start + self.batch_size, len(items)))

@@ -91,6 +91,10 @@ class Overcluster:
             )
         return size, ks, samples
 
+    def names(self, dataset: Dataset) -> list[str]:
+        """Of the metrics."""
+        return [f"miou_k{k}" for k in (self.k if isinstance(self.k, list) else [self.k or len(dataset.classes)])]
+
     def __call__(
         self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
     ) -> Result:

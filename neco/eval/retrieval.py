@@ -146,6 +146,10 @@ class Retrieval:
             raise NecoError(f"cells={self.cells} of at most {entries} memory entries: {entries // LEAST} are possible")
         return size, share, train, val
 
+    def names(self, dataset: Dataset) -> list[str]:
+        """Of the metrics."""
+        return [f"miou_k{k}" for k in self.ks]
+
     def __call__(
         self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
     ) -> Result:

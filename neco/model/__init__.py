@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import yaml
 
 from neco import config
@@ -45,6 +46,8 @@ def load_backbone(
     if model is None and source in options:
         model, source = source, ""
     source = last_checkpoint(source)
+    if source and not source.startswith(("http://", "https://")) and not timm.is_model(source):
+        _weights.locate(source, "")  # it must be there
     node = trained_model(source) if model is None else None
     if node is None:
         if model not in options:

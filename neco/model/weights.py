@@ -86,7 +86,7 @@ class Report:
             return f"weights {self.hash}: random"
         left = "".join(f", {key} ignored ({why})" for key, why in self.ignored.items())
         network = "" if self.which == "only" else f", {self.which}"
-        outside = f", {self.outside} tensors outside the network" if self.outside else ""
+        outside = f", {self.outside} tensors of other parts" if self.outside else ""
         merged = f", adapters merged into {self.merged}" if self.merged else ""
         told = f"{self.matched} matched{merged}{left}{outside}"
         return f"weights {self.hash}: {self.source} ({self.format}{network}), {told}"

@@ -41,7 +41,7 @@ def prepare(settings: Settings) -> Job:
     datasets = {}
     for name in config.options("dataset"):
         node = config.option("dataset", name, settings.config)
-        if "parts" not in node and node.get("root", settings.run.data_root) != settings.run.data_root:
+        if "parts" not in node and node.get("root", "???") != "???":
             datasets[name] = config.build(node, f"dataset={name}")
     return Job(datasets, views)
 
@@ -52,7 +52,11 @@ def main(settings: Settings, job: Job, output: Path) -> None:
     for name, dataset in job.datasets.items():
         found, lacking = splits(dataset)
         rows += [row(name, split, look, dataset) for split, look in found.items()]
-        if not found:
+        there = not hasattr(dataset, "tree") or dataset.tree.is_dir()
+        for split in ("train", "val") if there else ():
+            if split in lacking:
+                rows.append([name, split, "missing", *[""] * (len(HEAD) - 3)])
+        if not there:
             rows.append([name, "none", *[""] * (len(HEAD) - 2)])
         serves, problems = verdict(dataset, found)
         if len(job.datasets) == 1:
@@ -60,7 +64,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
             for text in (*examples(dataset, found), *labels(dataset, found), *problems, *lacking.values()):
                 log.info("\n%s", text)
             log.info("\nserves      %s", ", ".join(serves) or "nothing")
-        if not serves and (len(job.datasets) == 1 or problems):
+        if not serves and (len(job.datasets) == 1 or there):
             useless[name] = problems or [*lacking.values()]
     if len(job.datasets) > 1:
         log.info("\n%s", columns(rows))
@@ -79,7 +83,8 @@ def splits(dataset: Dataset) -> tuple[dict[str, Look], dict[str, str]]:
         try:
             found[split] = inspect(dataset, split)
         except NecoError as error:
-            lacking[split] = f"{split}: {error}"
+            wanted = split in ("train", "val")
+            lacking[split] = f"{split}: {error if wanted else str(error).splitlines()[0]}"
     return found, lacking
 
 
@@ -134,7 +139,8 @@ def labels(dataset: Dataset, found: dict[str, Look]) -> Iterator[str]:
 
 def pictures(dataset: Dataset, views: Views, settings: Settings) -> Iterator[str]:
     """HTML of images with their masks and class names; of train also the views, and where on the image they are."""
-    palette = pages.colours(max(len(dataset.classes), len(views.sizes)))
+    palette = pages.colours(len(dataset.classes) + len(views.sizes))
+    palette, frames = palette[: len(dataset.classes)], palette[len(dataset.classes) :]
     for split in ("train", "val"):
         try:
             samples = dataset.samples(split)
@@ -151,7 +157,7 @@ def pictures(dataset: Dataset, views: Views, settings: Settings) -> Iterator[str
                 continue
             yield f"<h3>{name}, {image.shape[1]}x{image.shape[0]}</h3>"
             drawn = views.sample(view_rng(settings.run.seed, 0, place), *image.shape[:2]) if split == "train" else None
-            yield pages.figure(image if drawn is None else pages.boxed(image, drawn.crops, palette))
+            yield pages.figure(image if drawn is None else pages.boxed(image, drawn.crops, frames))
             if label is not None:
                 there = [i for i in np.bincount(label.ravel()).nonzero()[0] if i < len(dataset.classes)]
                 names = " ".join(pages.swatch(palette[i], dataset.classes[i]) for i in there)
@@ -159,5 +165,5 @@ def pictures(dataset: Dataset, views: Views, settings: Settings) -> Iterator[str
             if drawn is not None:
                 pixels = [view for group in views.apply(image, drawn) for view in group.permute(0, 2, 3, 1).numpy()]
                 for number, view in enumerate(pixels):
-                    caption = pages.swatch(palette[number], f"view {number}: {view.shape[1]}x{view.shape[0]}")
+                    caption = pages.swatch(frames[number], f"view {number}: {view.shape[1]}x{view.shape[0]}")
                     yield pages.figure(view, caption, side=160)

@@ -18,7 +18,8 @@ from torch import nn
 
 from neco import devices
 from neco.config import Settings, Train, build, call
-from neco.dataset.base import Dataset
+from neco.dataset.base import Dataset, Sample
+from neco.dataset.files import stamp
 from neco.dataset.inspect import inspect
 from neco.errors import NecoError
 from neco.model import last_checkpoint
@@ -58,7 +59,8 @@ def device_name(device: torch.device) -> str:
 def locked(folder: Path, task: str) -> Iterator[None]:
     """Hold the run folder; a second process that wants it, or another task than it holds, gets a NecoError."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (config := folder / "config.yaml").is_file() and f"task: {task}\n" not in (text := config.read_text()):
+    config = folder / "config.yaml"
+    if config.is_file() and f"task: {task}\n" not in (text := config.read_text(errors="replace")):
         held = re.search(r"^task: (\w+)$", text, re.MULTILINE)
         what = f"a run of task={held.group(1)}" if held else "a config.yaml of something else"
         raise NecoError(f"run_dir={folder} holds {what}; give task={task} a folder of its own")
@@ -126,13 +128,15 @@ def measure(
     """
     evaluations = settings.build_all("eval")
     node = settings.config["val_dataset" if settings.config.get("val_dataset") else "dataset"]
+    node = {key: value for key, value in node.items() if key not in ("root", "masks", "index", "weight", "max_bad")}
     found = []
     done: dict[tuple[str, str], dict[str, Any]] = {}
     with torch.random.fork_rng():
         for network, backbone in networks.items():
             digest = weights_hash(backbone)
             for name, evaluation in evaluations.items():
-                plan = evaluation.plan(patch=backbone.patch, dataset=dataset)  # the images are in it
+                plan = evaluation.plan(patch=backbone.patch, dataset=dataset)
+                plan = [[*map(_state, part)] if isinstance(part, list) else part for part in plan]
                 depends = settings.config["eval"][name], node, plan, settings.run.seed, getattr(backbone, "spec", None)
                 asked = hashlib.sha256(repr(depends).encode()).hexdigest()[:12]
                 key = {"evaluation": name, "weights": digest, "asked": asked}
@@ -142,6 +146,8 @@ def measure(
                     record = _run(evaluation, backbone, dataset, settings, device)
                     place = {"dataset": dataset_name, "split": "val", "step": step, "epoch": epoch}
                     record = {**key, **place, "seed": settings.run.seed, **record}
+                    numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in record["metrics"].items())
+                    log.info("%s of the %s: %s", name, network, numbers)
                 done[digest, name] = record
                 found.append({**record, "network": network})
                 store.add(found[-1])
@@ -149,6 +155,13 @@ def measure(
                     metrics = {f"eval/{name}/{network}/{key}": value for key, value in record["metrics"].items()}
                     logger.log_metrics(metrics, step)
     return found
+
+
+def _state(item: Any) -> Any:
+    """Of a sample: its key, and of its files what changes when they do, wherever they lie. Anything else is itself."""
+    if not isinstance(item, Sample):
+        return item
+    return item.key, *(stamp(ref)[1:] for ref in (item.image, item.mask) if ref is not None)
 
 
 def _run(

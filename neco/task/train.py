@@ -15,7 +15,7 @@ import torch
 
 from neco import devices, results
 from neco.augment.views import Views, show
-from neco.config import Settings, Train, call
+from neco.config import Settings, Train, call, nearest
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.model import weights
@@ -123,14 +123,12 @@ def prepare(settings: Settings) -> Job:
     else:
         val = None
     if options.monitor:
-        evaluated = [*settings.config["eval"]] if val else []
+        evaluated = settings.build_all("eval") if val else {}
         networks = ["student", "teacher"] if options.teacher == "ema" else ["student"]
-        parts = options.monitor.split("/")
-        if len(parts) != 3 or parts[0] not in evaluated or parts[1] not in networks:
-            raise NecoError(
-                f"train.monitor={options.monitor}: EVALUATION/NETWORK/METRIC is wanted, of what is evaluated here: "
-                f"{', '.join(evaluated) or 'nothing'}; {' and '.join(networks)}"
-            )
+        found = [f"{e}/{n}/{m}" for e in evaluated for n in networks for m in evaluated[e].names(val)]
+        if options.monitor not in found:
+            near = nearest(options.monitor, found) or "; nothing is evaluated here"
+            raise NecoError(f"train.monitor={options.monitor}: no such EVALUATION/NETWORK/METRIC{near}")
     return Job(dataset, samples, shares, limits, views, network, plan, val, val_name, chosen, device)
 
 
@@ -212,8 +210,13 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
         if not options.monitor:
             return False
         history = store.history(options.monitor)
-        best = max(history, key=lambda pair: pair[1])[0]
+        best, value = max(history, key=lambda pair: pair[1])
+        now = history[-1][1]
+        log.info("monitor     %s: %.4f at step %d, best %.4f at step %d", options.monitor, now, step, value, best)
         if best == step and leads:
+            if len(history) == 1 and step:
+                log.warning("evaluated by other values or images than before: the best is looked for anew")
+                checkpoints.set_aside("best.ckpt", f"best_before_{step}.ckpt")
             checkpoints.keep(checkpoints.last, "best.ckpt")
         waited = sum(later > best for later, _ in history)
         return bool(options.patience) and waited >= (options.patience or 0)
@@ -276,10 +279,13 @@ def _find(resume: str, last: Path, saved: dict[str, Any]) -> Path | None:
     path = last if resume == "auto" else Path(resume).expanduser()
     if not path.exists():
         return None
+    if last.exists() and path.resolve().parent != last.resolve().parent:
+        raise NecoError(f"train.resume={resume}: {last} is another run's, which would be lost; choose another run_dir")
     try:
         before = weights.contents(path).get("neco")
     except NecoError as error:
-        kept = ", ".join(str(other) for other in sorted(path.parent.glob("epoch_*.ckpt"))) or "none"
+        others = sorted({*path.parent.glob("epoch_*.ckpt"), *path.parent.glob("best*.ckpt")})
+        kept = ", ".join(map(str, others)) or "none"
         raise NecoError(f"{error}. To go on from another: train.resume=FILE; kept are: {kept}") from error
     if before is None:
         raise NecoError(f"train.resume={path} is no checkpoint of a run; to start from its weights: checkpoint={path}")
@@ -367,14 +373,19 @@ def _conclude(settings: Settings, job: Job, store: results.Results, output: Path
         log.info("\n%s\n", results.table(store.records))
     log.info("wrote       %s", ", ".join(sorted(p.name for p in output.iterdir() if not p.name.startswith("."))))
     log.info("checkpoint  %s", last)
+    if not job.val:
+        log.info("evaluate    python -m neco task=eval checkpoint=%s dataset=NAME  (a labelled one)", output)
+        return None
     node = "val_dataset." if settings.config.get("val_dataset") else "dataset."
     same = ["dataset." + o.removeprefix(node) for o in settings.overrides if o.startswith(node)]
+    same += [o for o in settings.overrides if o.startswith(("eval=", "eval."))]
     result = "teacher" if job.plan.options.teacher == "ema" else "student"
     wanted = ["task=eval", f"weights={result}", f"checkpoint={output}", f"dataset={job.val_name}", *same]
-    log.info("evaluate    python -m neco %s", shlex.join(wanted))
+    log.info("evaluate    python -m neco %s  (by the full protocol, see --help)", shlex.join(wanted))
     if monitor := job.plan.options.monitor:
         best, value = max(store.history(monitor), key=lambda pair: pair[1])
-        log.info("best        %s, step %d: %s = %.4f", last.with_name("best.ckpt"), best, monitor, value)
+        held = last.with_name("best.ckpt")
+        log.info("best        %s, step %d: %s = %.4f", held if held.is_file() else "not kept", best, monitor, value)
         return value
     final = [r for r in store.records if r["step"] == step and r["network"] == result]
     return next(iter(final[0]["metrics"].values())) if final else None

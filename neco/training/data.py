@@ -125,9 +125,17 @@ def worker_init(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
+class Loader(DataLoader):
+    """A loader whose workers start undisturbed by signals."""
+
+    def __iter__(self) -> Any:
+        with interrupt.held():
+            return super().__iter__()
+
+
 def loader(data: MultiView, positions: Positions, workers: int, pin: bool) -> DataLoader:
     """Batches of views, in the order of `positions` for any number of workers."""
-    return DataLoader(
+    return Loader(
         data,
         batch_sampler=positions,
         collate_fn=collate,

@@ -77,6 +77,11 @@ class Checkpoints:
             self.keep(temporary, keep_as)
         temporary.replace(self.last)
 
+    def set_aside(self, name: str, other: str) -> None:
+        """Another name for what is called `name`, if anything is."""
+        if (self.folder / name).exists():
+            (self.folder / name).replace(self.folder / other)
+
     def keep(self, path: Path, name: str) -> None:
         """Another name for a checkpoint, under which it stays."""
         link = self.folder / f"{name}.tmp"
@@ -105,6 +110,7 @@ class Loop(pl.Callback):
         self.evaluated = {0, *plan.marks(plan.options.eval_epochs)}
         self.begun = self.ended = self.printed = self.waited = self.busy = self.total = 0.0
         self.logged = self.first = 0
+        self.agree = 1  # steps between two agreements of the processes: about a second
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
@@ -134,17 +140,21 @@ class Loop(pl.Callback):
         row = is_step and (step % options.log_steps == 0 or step in (1, self.plan.steps))
         late = time.monotonic() - self.checkpoints.saved_at > 60 * options.save_minutes
         asked = interrupt.asked
+        agreed = is_step and (row or devices.world() == 1 or step % self.agree == 0)
+        if agreed and devices.world() > 1 and not row:
+            _, late, asked = together({}, late, asked)
         if row:
             module.raise_if_broken(self.checkpoints.last)
             values = {name: float(value) for name, value in module.step_metrics.items()}  # on a GPU, waits for the step
+            values["seconds"] = (self.waited + time.monotonic() - self.begun + self.busy) / max(1, step - self.logged)
             values, late, asked = together(values, late, asked)
+            self.agree = max(1, round(1 / max(values.pop("seconds"), 1e-3)))
         self.busy += time.monotonic() - self.begun
         if row and devices.leader():
             self.log_row(trainer, module, step, values)
         if is_step:
             due = step in self.keep or step in self.evaluated or step == self.plan.steps
-            agreed = row or devices.world() == 1  # all processes save, so they agree when: at a row
-            ends = asked if agreed else None
+            ends = asked if agreed else None  # all processes save, so they agree when
             if due or ends or (late and agreed):
                 module.raise_if_broken(self.checkpoints.last)
                 name = f"epoch_{self.keep[step]:04d}.ckpt" if step in self.keep else None
