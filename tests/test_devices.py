@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import ROOT, SMALL, losses
+from safetensors.torch import load_file
 
 from neco import config, devices, load_backbone
 from neco.augment.views import view_rng
@@ -154,12 +155,17 @@ def test_torchrun(neco, tmp_path, cache):
     done = torchrun(*options)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == 4
-    model = ["task=eval", "dataset.train=12", "dataset.val=4", "weights=none", "eval=overcluster", "device=cpu"]
+    model = ["task=eval", "dataset.train=12", "dataset.val=4", "weights=none", "device=cpu"]
+    model += ["eval=[overcluster,linear]", "eval.linear.epochs=3", "eval.linear.batch_size=5", "eval.linear.lr=0.1"]
     done = torchrun(*model, f"run_dir={tmp_path / 'eval'}")
     assert done.returncode == 0, done.stderr
     neco(*model, f"run_dir={tmp_path / 'alone'}", ok=True)
-    numbers = [json.loads((tmp_path / run / "results.json").read_text())[0]["metrics"] for run in ("eval", "alone")]
-    assert numbers[0] == numbers[1]
+    found = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("eval", "alone")]
+    (clusters, head), (clusters_alone, head_alone) = found
+    assert clusters["metrics"] == clusters_alone["metrics"]
+    assert head["metrics"]["miou"] == pytest.approx(head_alone["metrics"]["miou"], abs=1e-3)
+    weights = [load_file(tmp_path / run / head["saved"])["0.weight"] for run in ("eval", "alone")]
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-5)
     without = torchrun(*options[:-1])
     assert without.returncode != 0 and "the processes of torchrun must share one folder" in without.stderr
     other = torchrun(*options, "train.devices=1")

@@ -156,12 +156,21 @@ def test_jitter_is_mild_and_leaves_some_images_alone() -> None:
 def test_image_and_mask_are_cropped_together(tmp_path: Path) -> None:
     mask = np.random.default_rng(0).integers(0, 4, (6, 9)).repeat(10, 0).repeat(10, 1)
     dataset = Files(tmp_path, 4, val=[(np.repeat(mask[..., None] * 60, 3, 2), mask)] * 3)
-    draw = Draw((0.5, 0.7), 0, 0)
-    draw = SimpleNamespace(box=draw.box, jitter=lambda key, image: image)
-    items = base._Items(dataset, dataset.samples("val"), 60, images=True, nearest="centre", draw=draw)
-    for pixels, masks in items:
-        assert (pixels[0] == masks * 60).float().mean() > 0.6  # the rest is interpolation between cells
-        assert (pixels[0] == masks.flip(0) * 60).float().mean() < 0.5
+    for draw in (Draw((0.5, 0.7), 0, 0, flips, colours=False) for flips in (False, True)):
+        items = base._Items(dataset, dataset.samples("val"), 60, images=True, nearest="centre", draw=draw)
+        for pixels, masks in items:
+            assert (pixels[0] == masks * 60).float().mean() > 0.6  # the rest is interpolation between cells
+            assert (pixels[0] == masks.flip(0) * 60).float().mean() < 0.5
+
+
+def test_half_of_the_images_are_mirrored_where_it_is_asked_for() -> None:
+    picture = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
+    mirrored = 0
+    for key in map(str, range(400)):
+        plain, flipped = (np.array(Draw((1, 1), 0, 0, flips).cut(key, picture)) for flips in (False, True))
+        mirrored += np.array_equal(plain[:, ::-1], flipped)
+        assert np.array_equal(plain, flipped) or np.array_equal(plain[:, ::-1], flipped)
+    assert 160 < mirrored < 240
 
 
 @pytest.mark.parametrize(

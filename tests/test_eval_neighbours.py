@@ -77,11 +77,11 @@ def test_without_faiss_both_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_full_precision_is_undone() -> None:
-    before = torch.get_float32_matmul_precision()
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
     try:
         with neighbours.full_precision():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32 == convolutions
     finally:
         torch.set_float32_matmul_precision(before)

@@ -72,6 +72,7 @@ def test_augment_trains(train, name):
 @pytest.mark.parametrize("name", options("eval"))
 def test_eval_runs_before_and_after(train, name):
     light = {
+        "linear": ["eval.linear.epochs=2"],
         "overcluster": ["eval.overcluster.seeds=[0]", "eval.overcluster.restarts=1"],
         "retrieval": ["eval.retrieval.k=3"],
     }

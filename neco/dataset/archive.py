@@ -166,6 +166,8 @@ def content(path: str, index: Path | None) -> Content:
         status = Path(path).stat()
     except OSError as error:
         raise NecoError(f"cannot read {path}: {error.strerror}") from error
+    if not os.access(path, os.R_OK):
+        raise NecoError(f"cannot read {path}: permission denied")
     return _content(path, status.st_size, status.st_mtime_ns, index)
 
 
@@ -360,7 +362,7 @@ class Store:
                 kept = {name: file[name] for name in file.files}
             texts = {name[1:]: _unpacked(kept.pop(name)) for name in list(kept) if name[0] == "_"}
             return {**kept, **texts} if texts.pop("key") == [self.about, key] else None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        except Exception:  # on broken files readers raise just anything
             return None
 
     def save(self, key: str, **values: np.ndarray | list[str]) -> None:

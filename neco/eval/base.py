@@ -6,8 +6,8 @@ Shapes: N images of a split, B of a batch, S pixels per side of the input, h w p
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -52,11 +52,15 @@ class Result:
         protocol: the name of what was computed. Numbers of different protocols are not comparable.
         metrics: numbers by name, like {"miou_k30": 0.412}.
         details: what is behind each, ready for JSON, like {"miou_k30": {"iou": {"sky": 0.9, ...}}}.
+        tensors: what was trained, on the CPU, if anything was: a file of its own in the run folder.
+        about: what is to be known of the tensors, in that file's header.
     """
 
     protocol: str
     metrics: dict[str, float]
     details: dict[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    about: Mapping[str, str] = field(default_factory=dict)
 
 
 def input_size(given: int | None, published: int, patch: int, dataset: Dataset) -> int:
@@ -107,15 +111,18 @@ def generator(*key: object) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Draw:
-    """A random resized crop (joint with the mask) and colour jitter for each image of one pass over a split.
+    """A random resized crop, joint with the mask, and what else is drawn for each image of one pass over a split.
 
     A pure function of (seed, turn, key of the image). `scale`: range of the crop's share of the area; a draw that
     doesn't fit is repeated, after ten the crop is the whole frame (as far as the ratio allows), as in torchvision.
+    `flips`: half of the images, with their masks, are mirrored. `colours`: whether they are jittered.
     """
 
     scale: tuple[float, float]
     seed: int
     turn: int
+    flips: bool = False
+    colours: bool = True
 
     def box(self, key: str, width: int, height: int) -> tuple[int, int, int, int]:
         """The crop (x1, y1, x2, y2) of an image, in pixels."""
@@ -131,8 +138,17 @@ class Draw:
         x, y = (width - w) // 2, (height - h) // 2
         return x, y, x + w, y + h
 
+    def cut(self, key: str, picture: Image.Image) -> Image.Image:
+        """An image, or its mask, cropped and mirrored."""
+        picture = picture.crop(self.box(key, *picture.size))
+        if self.flips and generator(self.seed, self.turn, key, "flip").random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return picture
+
     def jitter(self, key: str, image: Image.Image) -> Image.Image:
         """Brightness, contrast, saturation, hue, each by up to 0.1 and with probability 1/2, in this order."""
+        if not self.colours:
+            return image
         rng = generator(self.seed, self.turn, key, "colour")
         changes = (colour.adjust_brightness, 1), (colour.adjust_contrast, 1), (colour.adjust_saturation, 1)
         for change, middle in (*changes, (colour.adjust_hue, 0)):
@@ -180,9 +196,8 @@ class _Items(data.Dataset):
             frames.append(stored_size(sample.mask))  # read later: the features are kept
         same_frame(sample, frames[0], frames[-1])
         if self.draw:
-            box = self.draw.box(sample.key, *frames[0])
-            image = self.draw.jitter(sample.key, image).crop(box) if image else None
-            label = label.crop(box) if label else None
+            image = self.draw.cut(sample.key, self.draw.jitter(sample.key, image)) if image else None
+            label = self.draw.cut(sample.key, label) if label else None
         square, empty = (self.size, self.size), torch.empty(0, dtype=torch.uint8)
         pixels = masks = empty
         if image:
@@ -225,15 +240,22 @@ class Extract:
         self.cache = Cache(Path(cache_dir).expanduser() if cache_dir else None, cache_gb)
 
     def __call__(
-        self, backbone: PatchFeatures, dataset: Dataset, samples: Sequence[Sample], size: int, *, what: str = "images"
+        self,
+        backbone: PatchFeatures,
+        dataset: Dataset,
+        samples: Sequence[Sample],
+        size: int,
+        *,
+        draw: Draw | None = None,
+        what: str = "images",
     ) -> np.ndarray:
         """All features of `samples` at S = size: float32 (N, h, w, D), memory-mapped where the cache has them."""
-        cached = self.cache.find(self._spec(backbone, samples, size, STD, None))
+        cached = self.cache.find(self._spec(backbone, samples, size, STD, draw))
         if cached is not None:
             return cached
         side = size // backbone.patch
         features = np.empty((len(samples), side, side, backbone.dim), np.float32)
-        for rows, part, _ in self.stream(backbone, dataset, samples, size, nearest=None, what=what):
+        for rows, part, _ in self.stream(backbone, dataset, samples, size, nearest=None, draw=draw, what=what):
             features[rows] = part
         return features
 
@@ -247,6 +269,7 @@ class Extract:
         nearest: Nearest | None = "centre",
         std: tuple[float, float, float] = STD,
         draw: Draw | None = None,
+        keep: bool = True,
         what: str = "images",
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """One pass: yields rows of `samples`, features float32 (B, h, w, D) and masks uint8 (B, S, S), on the CPU.
@@ -258,9 +281,10 @@ class Extract:
             nearest: how masks are resized; None yields empty ones, without reading them.
             std: of the normalisation.
             draw: random crop and jitter; None = the whole image.
+            keep: use the cache; not for what is drawn once and never again.
             what: is extracted, for the progress display.
         """
-        spec = self._spec(backbone, samples, size, std, draw)
+        spec = self._spec(backbone, samples, size, std, draw) if keep else None
         cached = self.cache.find(spec)
         items = _Items(dataset, samples, size, images=cached is None, nearest=nearest, draw=draw)
         if cached is not None:

@@ -43,12 +43,14 @@ def load_faiss() -> ModuleType:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Keep float32 products on a GPU in float32, whatever the training around has chosen (TF32 keeps 10 bits)."""
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # of convolutions, true by default
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def bank(rows: int, dim: int, dtype: torch.dtype, folder: Path | None = None) -> Tensor:

@@ -8,10 +8,10 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from neco.dataset.base import Dataset, Sample
 from neco.dataset.files import stamp
 from neco.dataset.inspect import inspect
 from neco.errors import NecoError
+from neco.eval.base import Result
 from neco.model import last_checkpoint
 from neco.model.weights import Which, locate, weights_hash
 from neco.results import Results
@@ -124,7 +125,8 @@ def measure(
     """Run the selected evaluations on each network and record them with all that the numbers depend on.
 
     Networks with equal weights are measured once. What is recorded already, at this step, with these weights, images
-    and values of all keys, is kept. Leaves modes and random state as they were. Returns the records.
+    and values of all keys, is kept. What an evaluation trains is written to `heads/`, named by the record as `saved`.
+    Leaves modes and random state as they were. Returns the records.
     """
     evaluations = settings.build_all("eval")
     node = settings.config["val_dataset" if settings.config.get("val_dataset") else "dataset"]
@@ -143,7 +145,12 @@ def measure(
                 record: Any = store.find(step=step, network=network, **key) or done.get((digest, name))
                 if record is None:
                     log.info("evaluating: %s of the %s on %s", name, network, dataset_name)
-                    record = _run(evaluation, backbone, dataset, settings, device)
+                    result, cost = _run(evaluation, backbone, dataset, settings, device)
+                    record = {"protocol": result.protocol, "metrics": result.metrics, "details": result.details, **cost}
+                    if result.tensors:
+                        record["saved"] = f"heads/{name}-{network}-{step}-{asked}.safetensors"
+                        if store.writes:
+                            save(result, store.path.with_name("heads") / Path(record["saved"]).name)
                     place = {"dataset": dataset_name, "split": "val", "step": step, "epoch": epoch}
                     record = {**key, **place, "seed": settings.run.seed, **record}
                     numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in record["metrics"].items())
@@ -166,9 +173,18 @@ def _state(item: Any) -> Any:
 
 def _run(
     evaluation: Any, backbone: nn.Module, dataset: Any, settings: Settings, device: torch.device
-) -> dict[str, Any]:
+) -> tuple[Result, dict[str, float]]:
     memory.reset_peak(device)
     start = time.monotonic()
     result = evaluation(backbone, dataset, extract=settings.build("extract", device=device), seed=settings.run.seed)
     seconds, peak = time.monotonic() - start, memory.peak(device) / memory.GB
-    return {**asdict(result), "seconds": round(seconds, 2), "peak_memory_gb": round(peak, 3)}
+    return result, {"seconds": round(seconds, 2), "peak_memory_gb": round(peak, 3)}
+
+
+def save(result: Result, path: Path) -> None:
+    """Write what an evaluation trained, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    safetensors.torch.save_file(dict(result.tensors), temporary, dict(result.about))
+    temporary.replace(path)
+    log.info("trained head  %s", path)

@@ -1,0 +1,458 @@
+"""Linear segmentation: how well a 1x1 convolution on frozen patch features, trained on train, segments val.
+
+Shapes: B images, S pixels per side, h w patches, D channels, C classes, L learning rates; G = GRID.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import safetensors
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neco import devices
+from neco.dataset.base import IGNORE, Dataset, Sample
+from neco.errors import NecoError
+from neco.eval import metrics
+from neco.eval.base import (
+    Draw,
+    Extract,
+    Nearest,
+    PatchFeatures,
+    Result,
+    check_drop,
+    generator,
+    input_size,
+    labelled,
+    resize_nearest,
+)
+from neco.eval.metrics import Compat
+from neco.eval.neighbours import full_precision
+from neco.model.weights import weights_hash
+from neco.progress import track
+from neco.values import NonNegative, Positive, PositiveFloat
+
+log = logging.getLogger(__name__)
+Kind = Literal["linear", "fcn"]
+Key = TypeVar("Key")
+Batch = tuple[Tensor, Tensor]  # tokens (B, h, w, D) and masks (B, G, G)
+
+SIZE, GRID, LR, SCALE = 448, 100, 0.01, (0.8, 1.0)  # published
+MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # published
+HIDDEN = 512  # channels of the FCN head
+HOLDOUT = 0.1  # of train, where it chooses
+ABOUT = ("protocol", "kind", "dim", "classes", "size", "patch", "weights")  # in the header of a saved head
+LOGITS = 2**27  # held at once when heads are scored
+
+
+class Head(nn.Sequential):
+    """Logits of a token map: a 1x1 convolution, for `fcn` after two blocks of 3x3 convolution, BatchNorm and ReLU.
+
+    The published code upsamples the tokens and convolves there. A 1x1 convolution commutes with bilinear upsampling,
+    so the logits are upsampled instead: the same numbers, D / C times cheaper. The FCN head works on the map, too.
+    """
+
+    def __init__(self, kind: Kind, dim: int, classes: int) -> None:
+        layers: list[nn.Module] = []
+        if kind == "fcn":
+            for width in (dim, HIDDEN):
+                layers += [nn.Conv2d(width, HIDDEN, 3, padding=1, bias=False), nn.BatchNorm2d(HIDDEN), nn.ReLU()]
+        super().__init__(*layers, nn.Conv2d(HIDDEN if layers else dim, classes, 1))
+        self.classes = classes
+
+    def forward(self, tokens: Tensor, pixels: int) -> Tensor:  # type: ignore[override]
+        """(B, h, w, D) -> (B, C, pixels, pixels)."""
+        logits = super().forward(tokens.permute(0, 3, 1, 2))
+        return F.interpolate(logits, size=(pixels, pixels), mode="bilinear")
+
+
+def new_head(kind: Kind, dim: int, classes: int, seed: int) -> Head:
+    """A head with torch's own start (published), a function of `seed`; the global random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return Head(kind, dim, classes)
+
+
+def load_head(path: str | Path) -> tuple[Head, dict[str, str], str]:
+    """A saved head, what its file says of it, and the first 12 digits of the file's SHA-256.
+
+    Raises:
+        NecoError: no such file, or it holds no head.
+    """
+    path = Path(path).expanduser()
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        with safetensors.safe_open(path, "pt") as file:
+            about, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        head = Head(about["kind"], int(about["dim"]), len(json.loads(about["classes"])))  # type: ignore[arg-type]
+        about = {key: about[key] for key in ABOUT}
+        head.load_state_dict(state)
+    except OSError as error:
+        raise NecoError(f"head={path}: {error.strerror or error}; a run's are in its folder heads/") from error
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise NecoError(f"head={path} holds no head that eval=linear wrote: {error}") from error
+    return head.eval(), about, digest
+
+
+def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """Mean over the labelled pixels of (B, C, G, G), (B, G, G); 0 where there are none (F.cross_entropy says NaN)."""
+    total = F.cross_entropy(logits, masks.long(), ignore_index=IGNORE, reduction="sum")
+    return total / (masks != IGNORE).sum().clamp(min=1)
+
+
+def regroup(parts: Iterable[Batch], sizes: Sequence[int], empty: Batch) -> Iterator[Batch]:
+    """The rows of consecutive `parts` in groups of these sizes; `empty` is a part without rows."""
+    parts, held = iter(parts), empty
+    for size in sizes:
+        while len(held[0]) < size:
+            tokens, masks = next(parts)
+            held = torch.cat([held[0], tokens]), torch.cat([held[1], masks])
+        yield held[0][:size], held[1][:size]
+        held = held[0][size:], held[1][size:]
+
+
+def mates(count: int, seed: int) -> np.ndarray:
+    """For each image another one, every one once: a cycle through all of them in random order."""
+    order = generator(seed, "shuffled").permutation(count)
+    found = np.empty(count, int)
+    found[order] = np.roll(order, 1)
+    return found
+
+
+class Batches:
+    """What heads are trained on: features and masks of `samples` under random crops and flips, batch by batch.
+
+    Crops, flips and order are a function of (seed, epoch). Of each batch every process yields its part.
+
+    Args:
+        draws: None = new crops in every epoch; else so many take turns, their features in the cache of `extract`
+            (without one they are extracted in every epoch again).
+        shuffled: every image has the mask of another, whole.
+    """
+
+    def __init__(
+        self,
+        backbone: PatchFeatures,
+        dataset: Dataset,
+        samples: Sequence[Sample],
+        size: int,
+        *,
+        extract: Extract,
+        seed: int,
+        batch_size: int,
+        draws: int | None = None,
+        shuffled: bool = False,
+    ) -> None:
+        self.read = partial(extract.stream, backbone, dataset, size=size)
+        self.read_all = partial(extract, backbone, dataset, size=size)
+        self.samples, self.seed, self.batch_size, self.draws = samples, seed, batch_size, draws
+        side = size // backbone.patch
+        self.empty = torch.empty(0, side, side, backbone.dim), torch.empty(0, GRID, GRID, dtype=torch.uint8)
+        self.own = devices.share(range(len(samples)))
+        self.mixed = None
+        if shuffled:
+            masks = [resize_nearest(masks, GRID) for _, masks in extract.masks(dataset, samples, size)]
+            self.mixed = torch.cat(masks)[mates(len(samples), seed)]
+        self.labels = [self._extract(turn) for turn in range(draws or 0)]
+        self.mapped: dict[int, np.ndarray] = {}
+
+    def __call__(self, epoch: int, what: str) -> Iterator[Batch]:
+        """Tokens (b, h, w, D) and masks (b, G, G) of each batch of an epoch, counted from 0; `what` for the display."""
+        order = generator(self.seed, epoch, "order").permutation(len(self.samples)).tolist()
+        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+        if self.draws:
+            return self._kept(batches, epoch % self.draws, what)
+        parts = [[*devices.share(batch)] for batch in batches]
+        return regroup(self._fresh([*chain(*parts)], epoch, what), [len(part) for part in parts], self.empty)
+
+    def _draw(self, turn: int) -> Draw:
+        return Draw(SCALE, self.seed, turn, flips=True, colours=False)
+
+    def _fresh(self, rows: list[int], epoch: int, what: str) -> Iterator[Batch]:
+        nearest: Nearest | None = "centre" if self.mixed is None else None
+        samples = [self.samples[row] for row in rows]
+        stream = self.read(samples=samples, nearest=nearest, draw=self._draw(epoch), keep=False, what=what)
+        for place, tokens, masks in stream:
+            yield tokens, resize_nearest(masks, GRID) if self.mixed is None else self.mixed[rows[place]]
+
+    def _extract(self, turn: int) -> Tensor:
+        """Fill the cache with the features of a draw; the masks (n, G, G) of this process's images."""
+        labels = torch.empty(len(self.own), GRID, GRID, dtype=torch.uint8)
+        samples, what = [self.samples[row] for row in self.own], f"train, draw {turn + 1} of {self.draws}"
+        for place, _, masks in self.read(samples=samples, draw=self._draw(turn), what=what):
+            labels[place] = resize_nearest(masks, GRID)
+        return labels if self.mixed is None else self.mixed[self.own]
+
+    def _kept(self, batches: list[list[int]], turn: int, what: str) -> Iterator[Batch]:
+        features = self.mapped.get(turn)
+        if features is None:
+            samples = [self.samples[row] for row in self.own]
+            features = self.read_all(samples=samples, draw=self._draw(turn), what=f"train, draw {turn + 1}")
+            if isinstance(features, np.memmap):  # not in memory
+                self.mapped[turn] = features
+        for batch in track(batches, what):
+            places = [self.own.index(row) for row in batch if row in self.own]
+            yield torch.from_numpy(np.array(features[places])), self.labels[turn][places]
+
+
+@torch.no_grad()
+def score(
+    heads: Mapping[Key, Head],
+    stream: Iterable[tuple[slice, Tensor, Tensor]],
+    sizes: Sequence[int],
+    device: torch.device,
+) -> dict[tuple[Key, int], Tensor]:
+    """Confusion matrices (C, C) by (head, size in pixels) of what `Extract.stream` yields, over all processes."""
+    classes = next(iter(heads.values())).classes
+    matrices = {(key, size): torch.zeros(classes, classes, dtype=torch.long) for key in heads for size in sizes}
+    for _, tokens, masks in stream:
+        for size in sizes:
+            targets = masks if masks.shape[-1] == size else resize_nearest(masks, size)
+            step = max(1, LOGITS // (classes * size**2))
+            for part, target in zip(tokens.split(step), targets.split(step), strict=True):
+                part, target = part.to(device), target.to(device)
+                for key, head in heads.items():
+                    with torch.autocast(device.type, enabled=False), full_precision():
+                        predicted = head(part, size).argmax(1)
+                    matrices[key, size] += metrics.confusion(predicted, target, classes, classes).cpu()
+    return {key: devices.total(matrix) for key, matrix in matrices.items()}
+
+
+def _hash(backbone: PatchFeatures) -> str:
+    return weights_hash(backbone) if isinstance(backbone, nn.Module) else ""
+
+
+def _iou(matrix: Tensor, dataset: Dataset) -> dict[str, float | None]:
+    return metrics.by_class(metrics.class_iou(matrix), dataset.classes)
+
+
+class Linear:
+    """mIoU on val of heads trained on train: SGD on the cross-entropy at 100 x 100, under random crops and flips.
+
+    `standard` scores the last head at the size of the input, the logits upsampled straight from the token map (as the
+    published script for saved heads does). `reference` scores at 100 x 100, masks by torch's `nearest`, keeps of all
+    epochs the head that is best on val itself, and counts absent classes as 0.
+
+    Args:
+        size: of the input in pixels; null = the multiple of the patch nearest to 448 (to the data's own size if drawn).
+        head_kind: `linear`, or `fcn` (on the token map, 512 channels; no published number uses it).
+        lr: learning rate, or several: independent heads with the same start, from one pass over the features.
+        choose: which of several is `miou`. null = the published 0.01; `train_holdout` = the best on a tenth of train
+            that no head is trained on. val never chooses.
+        epochs: over train.
+        drop_epoch: the first one, counted from 0, with a tenth of the learning rate.
+        batch_size: images a step, the rest of an epoch in a smaller one.
+        draws: so many fixed draws of crops and flips take turns, their features kept in `extract.cache_dir` (protocol
+            `linear_cached`); null = new ones in every epoch.
+        shuffled: control: every image has the (whole) mask of another one. What is left is what the place in the image
+            says of the class: chance, or more where all images are laid out alike (streets).
+        drop_last: of `reference`: images are left out that do not fill a last batch of so many (published: 128);
+            0 = none.
+        head: a saved head to score, at 100 x 100 and at full size; nothing is trained.
+
+    Raises:
+        NecoError: values that contradict each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        compat: Compat = "standard",
+        size: Positive | None = None,
+        head_kind: Kind = "linear",
+        lr: PositiveFloat | list[PositiveFloat] = LR,
+        choose: Literal["train_holdout"] | None = None,
+        epochs: Positive = 25,
+        drop_epoch: Positive = 20,
+        batch_size: Positive = 128,
+        draws: Positive | None = None,
+        shuffled: bool = False,
+        drop_last: NonNegative = 0,
+        head: str | None = None,
+    ) -> None:
+        check_drop(compat, drop_last)
+        self.compat = compat
+        self.size = size
+        self.head_kind = head_kind
+        self.lrs = sorted({*lr} if isinstance(lr, list) else {lr})
+        self.choose = choose
+        self.epochs, self.drop_epoch, self.batch_size = epochs, drop_epoch, batch_size
+        self.draws = draws
+        self.shuffled = shuffled
+        self.drop_last = drop_last
+        self.head = head
+        if not self.lrs:
+            raise NecoError("lr=[]: give at least one learning rate")
+        if choose and (compat == "reference" or len(self.lrs) == 1):
+            raise NecoError(f"choose={choose}: set compat=standard and several lr, else there is nothing to choose")
+        if not choose and len(self.lrs) > 1 and LR not in self.lrs:
+            raise NecoError(f"lr={self.lrs}: which is the headline? Add the published {LR} or set choose=train_holdout")
+
+    def plan(self, patch: int, dataset: Dataset) -> tuple[int, list[Sample], list[Sample], list[Sample], str | None]:
+        """Size of the input; images to train on, to choose by and to score on; hash of the saved head.
+
+        Raises NecoError for everything that can be seen to fail before the first image is read.
+        """
+        val = labelled(dataset, "val", self.drop_last)
+        if self.head:
+            _, about, digest = load_head(self.head)
+            if (names := json.loads(about["classes"])) != [*dataset.classes]:
+                raise NecoError(f"head={self.head} knows other classes than the data set: {', '.join(names)}")
+            return input_size(self.size or int(about["size"]), SIZE, patch, dataset), [], [], val, digest
+        size, train = input_size(self.size, SIZE, patch, dataset), labelled(dataset, "train", self.drop_last)
+        held = {*generator("holdout").permutation(len(train))[: max(1, round(HOLDOUT * len(train)))]}
+        held = held if self.choose else set()
+        holdout = [sample for i, sample in enumerate(train) if i in held]
+        train = [sample for i, sample in enumerate(train) if i not in held]
+        if len(train) < 1 + self.shuffled:
+            raise NecoError(
+                f"{len(train)} train images left: too few for choose={self.choose}, shuffled={self.shuffled}"
+            )
+        return size, train, holdout, val, None
+
+    def names(self, dataset: Dataset) -> list[str]:
+        """Of the metrics that are there for every head."""
+        return ["miou"] + [f"miou_lr{lr:g}" for lr in self.lrs] * (len(self.lrs) > 1 and not self.head)
+
+    def __call__(
+        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
+    ) -> Result:
+        """Evaluate `backbone`; `seed` is that of the head's start, crops, flips and the order of images.
+
+        Returns: metric `miou`, with several learning rates `miou_lr<lr>` of each; for a saved head `miou`, `miou_100`
+        and `miou_<size>`. The details hold the IoU of each class, the epoch of the head and the losses. The head behind
+        `miou` is in `tensors`.
+        """
+        extract = extract or Extract()
+        if self.head:
+            return self._score_saved(self.head, backbone, dataset, extract)
+        size, train, holdout, val, _ = self.plan(backbone.patch, dataset)
+        device, read = extract.place(backbone), partial(extract.stream, backbone, dataset, size=size)
+        own = size if self.compat == "standard" else GRID
+        batches = Batches(
+            backbone, dataset, train, size, extract=extract, seed=seed,
+            batch_size=self.batch_size, draws=self.draws, shuffled=self.shuffled,
+        )  # fmt: skip
+        start = [new_head(self.head_kind, backbone.dim, len(dataset.classes), seed).to(device) for _ in self.lrs]
+        heads, losses = self._train(dict(zip(self.lrs, start, strict=True)), batches, device)
+        matrices = score(heads, read(samples=devices.share(val), what="val"), [own], device)
+        scores = {run: self._miou(matrix) for (run, _), matrix in matrices.items()}
+        best = {lr: max((run for run in heads if run[0] == lr), key=lambda run: scores[run]) for lr in self.lrs}
+        chosen, held_out = LR if LR in self.lrs else self.lrs[0], {}
+        if holdout:
+            last, stream = {lr: heads[best[lr]] for lr in best}, read(samples=devices.share(holdout), what="held out")
+            held_out = {lr: self._miou(matrix) for (lr, _), matrix in score(last, stream, [own], device).items()}
+            chosen = max(held_out, key=lambda lr: held_out[lr])
+        names = {"miou": chosen} | ({f"miou_lr{lr:g}": lr for lr in self.lrs} if len(self.lrs) > 1 else {})
+        protocol, head = self._protocol(size, own), heads[best[chosen]]
+        about = {
+            "protocol": protocol,
+            "kind": self.head_kind,
+            "dim": str(backbone.dim),
+            "classes": json.dumps(dataset.classes),
+            "size": str(size),
+            "patch": str(backbone.patch),
+            "weights": _hash(backbone),
+        }
+        return Result(
+            protocol,
+            {name: scores[best[lr]] for name, lr in names.items()},
+            {
+                name: {
+                    "lr": lr,
+                    "epoch": best[lr][1],
+                    "held_out": held_out.get(lr),
+                    "loss": losses[lr],
+                    "iou": _iou(matrices[best[lr], own], dataset),
+                }
+                for name, lr in names.items()
+            },
+            {key: value.cpu() for key, value in head.state_dict().items()},
+            about,
+        )
+
+    def _score_saved(self, path: str, backbone: PatchFeatures, dataset: Dataset, extract: Extract) -> Result:
+        size, _, _, val, digest = self.plan(backbone.patch, dataset)
+        head, about, _ = load_head(path)
+        if int(about["dim"]) != backbone.dim:
+            raise NecoError(f"head={path} takes {about['dim']} channels, the backbone gives {backbone.dim}")
+        # Not refused: how far a head still fits after the backbone was trained on is worth knowing. But named.
+        if other := about["weights"] != (weights := _hash(backbone)):
+            log.warning("head=%s was trained on weights %s, these are %s", path, about["weights"], weights)
+        device, own = extract.place(backbone), size if self.compat == "standard" else GRID
+        stream = extract.stream(backbone, dataset, devices.share(val), size, what="val")
+        found = score({path: head.to(device)}, stream, [*dict.fromkeys((GRID, size))], device)
+        scores = {f"miou_{at}": self._miou(matrix) for (_, at), matrix in found.items()}
+        parts = [f"linear_head/{self.compat}/{size}", f"at={own}", f"head={digest}"] + ["other_weights"] * other
+        return Result(
+            "/".join(parts + self._dropped),
+            {"miou": scores[f"miou_{own}"], **scores},
+            {f"miou_{at}": {"iou": _iou(matrix, dataset)} for (_, at), matrix in found.items()} | {"head": about},
+        )
+
+    def _miou(self, matrix: Tensor) -> float:
+        return metrics.miou(matrix, self.compat)
+
+    def _train(
+        self, heads: Mapping[float, Head], batches: Batches, device: torch.device
+    ) -> tuple[dict[tuple[float, int], Head], dict[float, list[float]]]:
+        """Heads by (lr, epoch, from 1): the last, for `reference` all; and the mean loss of each epoch.
+
+        Every process takes the steps on the whole batches, to which each has added its part of the features.
+        """
+        groups = [{"params": head.parameters(), "lr": lr} for lr, head in heads.items()]
+        optimiser = torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [self.drop_epoch], 0.1)
+        kept: dict[tuple[float, int], Head] = {}
+        losses: dict[float, list[float]] = {lr: [] for lr in heads}
+        for epoch in range(1, self.epochs + 1):
+            found = []
+            for batch in batches(epoch - 1, f"train, epoch {epoch} of {self.epochs}"):
+                tokens, masks = (devices.gather_uneven(part).to(device) for part in batch)
+                optimiser.zero_grad()
+                with torch.enable_grad(), torch.autocast(device.type, enabled=False), full_precision():
+                    for head in heads.values():
+                        loss = cross_entropy(head(tokens, GRID), masks)
+                        loss.backward()
+                        found.append(loss.detach())
+                optimiser.step()
+            schedule.step()
+            means = torch.stack(found).reshape(-1, len(heads)).mean(0).tolist()
+            for lr, mean in zip(heads, means, strict=True):
+                if not math.isfinite(mean):
+                    raise NecoError(f"lr={lr:g}: the loss is {mean} in epoch {epoch}; use a smaller learning rate")
+                losses[lr].append(mean)
+            if self.compat == "reference" or epoch == self.epochs:
+                kept |= {(lr, epoch): copy.deepcopy(head).eval() for lr, head in heads.items()}
+        # On GPUs the processes' heads differ in the last bits: all score those of the first.
+        states = devices.merge([{k: v.cpu() for k, v in head.state_dict().items()} for head in kept.values()])[0]
+        for head, state in zip(kept.values(), states, strict=True):
+            head.load_state_dict(state)
+        return kept, losses
+
+    def _protocol(self, size: int, pixels: int) -> str:
+        parts = [
+            f"linear{'_cached' * bool(self.draws)}/{self.compat}/{size}",
+            f"at={pixels}",
+            f"head={self.head_kind}",
+            f"lr={','.join(f'{lr:g}' for lr in self.lrs)}",
+            f"epochs={self.epochs}",
+            f"drop={self.drop_epoch}",
+            f"batch={self.batch_size}",
+        ]
+        parts += [f"draws={self.draws}"] * bool(self.draws) + [f"choose={self.choose}"] * bool(self.choose)
+        return "/".join(parts + ["shuffled"] * self.shuffled + self._dropped)
+
+    @property
+    def _dropped(self) -> list[str]:
+        return [f"drop_last={self.drop_last}"] * bool(self.drop_last)
