@@ -116,6 +116,7 @@ def test_each_process_reads_its_part(monkeypatch):
 
 PLAIN = "train.drop_path=0"
 LIGHT = [PLAIN, "eval=[retrieval,overcluster]", "eval.retrieval.k=3", "eval.overcluster.k=[4,6]"]
+LIGHT += ["dataset.val=5", "extract.batch_size=2"]  # one process has 2 batches, the other 1
 
 
 @pytest.mark.slow

@@ -205,8 +205,9 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
             networks = {"student": trained.student.backbone}
             if trained.teacher and options.teacher == "ema":  # else its backbone never moves
                 networks["teacher"] = trained.teacher.backbone
+            whole = {k: strategies.plain(network, lambda: settings.build("model")) for k, network in networks.items()}
             epoch = round(plan.epoch(step), 4)
-            measure(settings, store, networks, job.val, job.val_name, device, step, epoch, loggers.values())
+            measure(settings, store, whole, job.val, job.val_name, device, step, epoch, loggers.values())
         if not options.monitor:
             return False
         history = store.history(options.monitor)

@@ -1,7 +1,7 @@
 """How several devices work on one batch: whole copies of the networks (DDP) or shards of them (FSDP)."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -47,6 +47,19 @@ def local(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
 def whole(x: torch.Tensor) -> torch.Tensor:
     """A tensor that is spread over processes, put together."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def plain(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+    """The network itself or, of one that is spread over processes, a copy of what `build` makes.
+
+    For evaluations, in which processes have different numbers of passes: each pass of a spread network needs them all.
+    """
+    if not any(isinstance(p, DTensor) for p in network.parameters()):
+        return network
+    with torch.random.fork_rng():
+        copy = build()
+    copy.load_state_dict({name: whole(value) for name, value in network.state_dict().items()})
+    return copy.to(next(network.parameters()).device)
 
 
 def describe(options: Train) -> str:
