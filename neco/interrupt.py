@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 30  # seconds that a data worker goes on after a SIGTERM, which may be meant for its parent
 
 
 class Interrupted(BaseException):
@@ -77,6 +78,7 @@ def held() -> Iterator[None]:
 
 
 def ignore(worker: int) -> None:
-    """For data workers: they end when their parent does."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """For data workers: they end when their parent does, or some time after they were told to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked while they were forked, see `held`
