@@ -20,12 +20,14 @@ class Interrupted(BaseException):
 
 
 asked: int | None = None  # the signal that a block of `put_off` was sent
-_waits = False
+_waits = _held = False
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global asked
     again, asked = asked is not None, number  # also when it is raised: that may be lost in a callback of the system
+    if _held:
+        return
     if not _waits or again:  # a second one is meant
         raise Interrupted(number)
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -42,8 +44,8 @@ def listen() -> None:
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
     """In this block the signals raise Interrupted."""
-    global asked, _waits
-    before, asked, _waits = [signal.getsignal(number) for number in SIGNALS], None, False
+    global asked, _waits, _held
+    before, asked, _waits, _held = [signal.getsignal(number) for number in SIGNALS], None, False, False
     listen()
     try:
         yield
@@ -69,16 +71,18 @@ def check() -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Signals come after the block, in which processes are forked; those are never sent them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Signals count after the block, in which processes are forked."""
+    global _held
+    _held = True  # no mask: another thread would take them
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _held = False
+    check()
 
 
 def ignore(worker: int) -> None:
     """For data workers: they end when their parent does, or some time after they were told to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked while they were forked, see `held`

@@ -75,6 +75,7 @@ def test_eval_runs_before_and_after(train, name):
         "linear": ["eval.linear.epochs=2"],
         "overcluster": ["eval.overcluster.seeds=[0]", "eval.overcluster.restarts=1"],
         "retrieval": ["eval.retrieval.k=3"],
+        "unsupervised": [f"eval.unsupervised.{k}" for k in ("k=20", "k_community=10", "seeds=[0]", "restarts=1")],
     }
     folder = train(f"eval={name}", "train.steps=1", "dataset.val=8", *light.get(name, []))
     records = json.loads((folder / "results.json").read_text())

@@ -96,6 +96,11 @@ class Dataset(ABC):
         return {**self.__dict__, "_listed": {}}  # workers get the samples they need; a million of them is 300 MB
 
     @property
+    def background(self) -> int | None:
+        """The class of what is no object, the one called "background"; None where there is none."""
+        return self.classes.index("background") if "background" in self.classes else None
+
+    @property
     def chooses(self) -> bool:
         """Whether the train split is a choice from what there is."""
         return self.fraction < 1 or self.files is not None

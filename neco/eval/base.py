@@ -103,6 +103,16 @@ def labelled(dataset: Dataset, split: str, drop_last: int = 0) -> list[Sample]:
     return kept
 
 
+def background_of(dataset: Dataset) -> int:
+    """The class that is no foreground. Raises NecoError where the data set has none."""
+    if dataset.background is None:
+        raise NecoError(
+            f"{type(dataset).__name__} has no class called background, so no foreground to find: choose a data set of "
+            "objects, like voc or shapes"
+        )
+    return dataset.background
+
+
 def generator(*key: object) -> np.random.Generator:
     """Random numbers that are a function of `key` alone: not of workers, order or what was drawn before."""
     digest = hashlib.sha256(repr(key).encode()).digest()
@@ -288,7 +298,8 @@ class Extract:
         cached = self.cache.find(spec)
         items = _Items(dataset, samples, size, images=cached is None, nearest=nearest, draw=draw)
         if cached is not None:
-            for rows, (_, masks) in self._load(items, f"masks of {what}"):
+            parts = self._load(items, f"masks of {what}") if nearest else self._rows(len(samples))
+            for rows, (_, masks) in parts:
                 yield rows, torch.from_numpy(np.array(cached[rows])), masks
             return
         with Entry(self.cache, spec, len(samples)) as entry:
@@ -323,6 +334,11 @@ class Extract:
             rows = slice(start, min(start + self.batch_size, len(items)))
             yield rows, batch
             start = rows.stop
+
+    def _rows(self, images: int) -> Iterator[tuple[slice, list[Tensor]]]:
+        """What `_load` yields when there is nothing to read."""
+        for start in range(0, images, self.batch_size):
+            yield slice(start, min(start + self.batch_size, images)), [torch.empty(0, dtype=torch.uint8)] * 2
 
     @torch.no_grad()
     def _forward(self, backbone: PatchFeatures, images: Tensor, std: tuple[float, float, float]) -> Tensor:

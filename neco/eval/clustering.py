@@ -5,7 +5,7 @@ they are read in chunks and never written to.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neco import devices
 from neco.errors import NecoError
 from neco.eval.neighbours import Engine, full_precision, load_faiss
 
@@ -98,6 +99,41 @@ def _draw(rows: int, keep: int, engine: Engine) -> np.ndarray | None:
         faiss.rand_perm(faiss.swig_ptr(order), rows, SAMPLE_SEED)
         return order[:keep]
     return torch.randperm(rows, generator=torch.Generator().manual_seed(SAMPLE_SEED))[:keep].numpy()
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Standardisation and PCA that were fitted: mean (D,) and axes (D, d), float64; rows (R, D) -> float32 (R, d)."""
+
+    mean: Tensor
+    axes: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return ((rows.to(self.axes) - self.mean) @ self.axes).float().cpu()
+
+
+def fit_projection(parts: Iterable[Tensor], channels: int, dims: int, device: str | torch.device = "cpu") -> Projection:
+    """`project` for rows that are too many to hold: fitted on all of them, in all processes, from second moments.
+
+    Args:
+        parts: float32 (R, D) each, D = channels; none of them is kept.
+        dims: d; clamped to D.
+        device: where the moments are summed, in float64.
+    """
+    count, first = torch.zeros(1, dtype=torch.long), torch.zeros(channels, dtype=torch.float64, device=device)
+    second = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+    for part in parts:
+        rows = part.to(device).double()
+        count += len(rows)
+        first += rows.sum(0)
+        second += rows.T @ rows
+    rows_seen = int(devices.total(count))
+    mean, square = devices.total(first) / rows_seen, devices.total(second) / rows_seen
+    covariance = square - mean[:, None] * mean
+    variance = covariance.diagonal()
+    scale = torch.where(variance <= 1e-12 * mean.square(), 1, variance.clamp(min=0).sqrt())  # constant: rounding alone
+    axes = torch.linalg.eigh(covariance / scale[:, None] / scale)[1].flip(1)[:, :dims]
+    return Projection(mean, axes / scale[:, None])
 
 
 @dataclass(frozen=True)

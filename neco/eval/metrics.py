@@ -67,14 +67,14 @@ def miou(matrix: Tensor, compat: Compat = "standard") -> float:
     return float(iou.nanmean() if compat == "standard" else iou.nan_to_num(0).mean())
 
 
-def match_one_to_one(matrix: Tensor) -> Tensor:
+def match_one_to_one(matrix: Tensor, rest: int = 0) -> Tensor:
     """Class of each predicted value, (K, C) -> int64 (K,): the assignment that maximises the sum of IoUs (Hungarian).
 
-    Where K > C the values left over become background, class 0.
+    Where K > C the values left over become class `rest`, the background.
     """
     # Classes in rows and costs 1 - IoU, as published: ties fall the same way.
     classes, values = linear_sum_assignment(1 - pairwise_iou(matrix).T.cpu().numpy())
-    mapping = torch.zeros(len(matrix), dtype=torch.long, device=matrix.device)
+    mapping = torch.full((len(matrix),), rest, device=matrix.device)
     mapping[torch.as_tensor(values)] = torch.as_tensor(classes, device=matrix.device)
     return mapping
 

@@ -112,14 +112,19 @@ class Backbone(nn.Module):
         The attention is the softmax over all T tokens, as the network uses it; CLS and registers are then left out,
         so a map sums to less than 1. Only the row of CLS is computed: the block itself stays fused.
         """
-        if self.net.cls_token is None:
-            raise NecoError(f"{self.spec['name']} has no CLS token: there is no attention of it to the patches")
+        self._needs_cls()
         tokens, rope, (h, w) = self._embed(images)
         *blocks, last = self.net.blocks
         for block in blocks:
             tokens = self._block(block, tokens, rope)
         attention = _cls_attention(last, tokens, rope)[..., self.prefix :]
         return self._patches(self._block(last, tokens, rope), h, w), attention.unflatten(-1, (h, w))
+
+    @property
+    def heads(self) -> int:
+        """Of the attention of the last block. Raises NecoError where there is no CLS token."""
+        self._needs_cls()
+        return self.net.blocks[-1].attn.num_heads
 
     @property
     def prefix(self) -> int:
@@ -131,6 +136,10 @@ class Backbone(nn.Module):
         if found := re.match(r"net\.blocks\.(\d+)\.", name):
             return 1 + int(found.group(1))
         return self.depth + 1 if name.startswith("net.norm.") else 0
+
+    def _needs_cls(self) -> None:
+        if self.net.cls_token is None:
+            raise NecoError(f"{self.spec['name']} has no CLS token: there is no attention of it to the patches")
 
     def _block(self, block: nn.Module, tokens: Tensor, rope: Tensor | None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -168,6 +177,22 @@ class Backbone(nn.Module):
         for block in net.blocks:
             if hasattr(block.attn, "num_prefix_tokens"):  # rotary attention must know what not to rotate
                 block.attn.num_prefix_tokens = net.num_prefix_tokens
+
+
+class Attention(nn.Module):
+    """The attention of CLS as features of the patches: (B, 3, H, W) -> (B, h, w, D), where D is the number of heads.
+
+    Raises NecoError for a backbone that has none.
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        if not hasattr(backbone, "forward_attention"):
+            raise NecoError(f"{type(backbone).__name__} gives no attention of a CLS token")
+        self.backbone, self.patch, self.dim = backbone, backbone.patch, backbone.heads
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone.forward_attention(images)[1].permute(0, 2, 3, 1)
 
 
 def _build(name: str, **arch: Any) -> Any:

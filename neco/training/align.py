@@ -11,6 +11,8 @@ from torch import Tensor
 
 from neco.values import sides
 
+WHOLE = 1 - 1e-4  # a cell counts when it lies in the mask entirely: 1, but for the rounding of interpolation weights
+
 
 def pair_order(global_views: int, views: int) -> list[tuple[int, int]]:
     """Each global view with each other view, global view first: (0, 1), (0, 2), ..., (1, 0), (1, 2), ..."""

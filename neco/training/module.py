@@ -19,9 +19,9 @@ from neco.errors import NecoError
 from neco.loss.base import Loss
 from neco.model.backbone import Backbone
 from neco.model.head import Head
+from neco.model.mask import foreground
 from neco.training import optim, strategies, trainable
-from neco.training.align import align, align_pairs, pair_boxes, pair_order
-from neco.training.mask import WHOLE, foreground
+from neco.training.align import WHOLE, align, align_pairs, pair_boxes, pair_order
 from neco.training.references import Queue, from_batch
 
 

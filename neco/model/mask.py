@@ -1,4 +1,4 @@
-"""Foreground of the global views from the teacher's attention: what `loss.mask=fg|bg` keeps (METHOD 3).
+"""Foreground of an image from the attention of its backbone, for `loss.mask=fg|bg` and for evaluations.
 
 Shapes: K images, h w patches.
 """
@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 MASS = 0.6  # of the attention that the foreground holds
 SIGMA, TAPS = 0.6, 7  # of the blur, in patches
-WHOLE = 1 - 1e-4  # a cell counts when it lies in the mask entirely: 1, but for the rounding of interpolation weights
 
 
 def foreground(attention: Tensor, mass: float = MASS) -> Tensor:
@@ -21,10 +20,14 @@ def foreground(attention: Tensor, mass: float = MASS) -> Tensor:
     Returns:
         (K, h, w) bool. Specks are 8-connected components; the blur reflects at the border.
     """
-    maps = blur(attention.float().mean(1))
+    return without_specks(heaviest(blur(attention.float().mean(1)), mass))
+
+
+def heaviest(maps: Tensor, mass: float) -> Tensor:
+    """The smallest set of patches that holds `mass` of each map, (K, h, w) -> bool."""
     value, place = maps.flatten(1).sort(1)
     kept = value.cumsum(1) > (1 - mass) * value.sum(1, keepdim=True)
-    return without_specks(torch.zeros_like(kept).scatter(1, place, kept).view_as(maps))
+    return torch.zeros_like(kept).scatter(1, place, kept).view_as(maps)
 
 
 def blur(maps: Tensor) -> Tensor:

@@ -1,0 +1,460 @@
+"""Fully unsupervised segmentation: foreground from clusters (CBFE), then communities of clusters (CD).
+
+The protocol of Leopart (Ziegler and Asano, Self-Supervised Learning of Object Parts for Semantic Segmentation, 2022),
+which NeCo reports too. Labels match what was found to classes, as in every clustering measure; `reference` also makes
+its choices by those of train.
+
+Shapes: N images, S pixels per side, h w patches, D channels, d reduced channels, K clusters or nodes, C classes.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from neco import devices
+from neco.dataset.base import Dataset, Sample, read_stored
+from neco.dataset.files import stamp
+from neco.errors import NecoError
+from neco.eval import clustering, metrics
+from neco.eval.base import (
+    Extract,
+    PatchFeatures,
+    Result,
+    background_of,
+    generator,
+    input_size,
+    labelled,
+    resize_nearest,
+)
+from neco.eval.communities import (
+    Method,
+    Partition,
+    check_method,
+    communities,
+    edge_weights,
+    neighbour_shares,
+    offsets,
+)
+from neco.eval.metrics import Compat
+from neco.eval.neighbours import Engine, check_engine
+from neco.model.backbone import Attention
+from neco.model.mask import foreground
+from neco.progress import track
+from neco.values import NonNegative, Positive, PositiveFloat, PositiveFraction
+
+log = logging.getLogger(__name__)
+SIZE = 448  # published
+GRID = 100  # pixels per side at which clusters touch, and are compared with masks
+PRECISION = 0.4  # `standard`: a cluster from here on is foreground
+PRECISIONS = tuple(i / 20 for i in range(4, 15))  # `reference`: 0.2 to 0.7, of which train labels choose
+BATCH = 64  # images
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What `search` looks for: clusters of the foreground, and see `neco.eval.communities.communities`."""
+
+    k: int
+    markov_time: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The nodes (0 = background) of own patches, int32 (N, h, w), how many there are, and a partition for each seed."""
+
+    given: Parameters
+    maps: np.ndarray
+    nodes: int
+    partitions: list[Partition]
+
+
+def cluster_precision(clusters: np.ndarray, front: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+    """Of a cluster's patches in an image the share that is in the foreground, summed over the images that hold it.
+
+    Args:
+        clusters: integers (N, h, w) in 0..k-1.
+        front: bool (N, h, w), a noisy foreground.
+
+    Returns: float64 (K,), int64 (K,): the sum, and the number of images.
+    """
+    images = len(clusters)
+    place = (clusters.reshape(images, -1) + k * np.arange(images)[:, None]).ravel()
+    held, hit = (np.bincount(place, weight, images * k).reshape(images, k) for weight in (None, front.ravel()))
+    return torch.from_numpy((hit / held.clip(1)).sum(0)), torch.from_numpy((held > 0).sum(0))
+
+
+def multiplicity(h: int, w: int, grid: int = GRID) -> np.ndarray:
+    """How many pixels of a grid x grid map each patch becomes (nearest): int64 (h, w)."""
+    shown = resize_nearest(torch.arange(h * w).view(1, h, w), grid)
+    return torch.bincount(shown.flatten(), minlength=h * w).view(h, w).numpy()
+
+
+class Unsupervised:
+    """mIoU on val of a segmentation that was found without labels in train and val, mean over seeds of the communities.
+
+    1. Features of all images are standardised and reduced by PCA. Spherical k-means; a cluster's precision is the mean,
+       over the images that hold it, of the share of its patches in the foreground of the attention of CLS (`mass` of
+       it, blurred, components of one or two patches dropped). Clusters of at least `precision` are the foreground.
+    2. The foreground at 100 x 100 pixels is clustered again, by k-means.
+    3. These clusters and the background are the nodes of a graph; edges say how often two are neighbours.
+    4. Communities of the graph. 5. Hungarian matching of communities to classes, on val.
+
+    `compat=reference` chooses `precision`, and what `search` finds, by the labels of train; has a slip in the list of
+    neighbours (see `neco.eval.communities.offsets`); absent classes count as 0. `standard` takes `precision` as it is
+    and searches for the preferred number of communities and, of equals, the highest modularity.
+
+    Holds the reduced features (d numbers a patch); those of the backbone are computed twice where nothing is cached.
+
+    Args:
+        size: of the input in pixels; null = the multiple of the patch nearest to 448 (to the data's own size if drawn).
+        pca: channels kept, all of them where the features have fewer.
+        k: clusters of all patches.
+        mass: share of the attention that the noisy foreground holds.
+        masks: folder of PNGs that are the noisy foreground instead, `<name of the image>.png`, 0 = background; a patch
+            is foreground where at least half of it is.
+        precision: from which a cluster is foreground; null = 0.4 (`standard`), or which of 0.2, 0.25, ... 0.7 has the
+            highest IoU of the foreground on train (`reference`).
+        k_community: clusters of the foreground, fewer where it has fewer patches.
+        markov_time: of the communities: the longer, the larger they are.
+        threshold: edges of less weight are dropped.
+        method: of the communities.
+        modules: preferred number of communities; null = the number of classes without the background.
+        search: tries of other k_community (0.7 to 1.4 times the given), markov_time (0.5 to 2) and threshold (0.5 to
+            2), after the given ones; the published search has 300.
+        seeds: of the communities.
+        sample: k-means is trained on at most so many patches a cluster.
+        iterations, restarts: of k-means.
+        engine: of k-means.
+
+    Raises:
+        NecoError: no seeds, or no faiss or Infomap where it is asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        compat: Compat = "standard",
+        size: Positive | None = None,
+        pca: Positive = 50,
+        k: Positive = 200,
+        mass: PositiveFraction = 0.65,
+        masks: str | None = None,
+        precision: PositiveFraction | None = None,
+        k_community: Positive = 189,
+        markov_time: PositiveFloat = 1.2,
+        threshold: PositiveFraction = 0.07,
+        method: Method = "louvain",
+        modules: Positive | None = None,
+        search: NonNegative = 0,
+        seeds: tuple[NonNegative, ...] = tuple(range(10)),
+        sample: Positive = 256,
+        iterations: Positive = 100,
+        restarts: Positive = 5,
+        engine: Engine = "faiss",
+    ) -> None:
+        check_engine(engine)
+        check_method(method)
+        if not seeds:
+            raise NecoError("seeds=[]: give at least one")
+        self.compat, self.size, self.pca, self.k = compat, size, pca, k
+        self.mass, self.masks = mass, Path(masks).expanduser() if masks else None
+        self.precisions = (precision,) if precision else PRECISIONS if compat == "reference" else (PRECISION,)
+        self.given = Parameters(k_community, markov_time, threshold)
+        self.method, self.modules = method, modules
+        self.search, self.seeds = search, seeds
+        self.sample, self.iterations, self.restarts, self.engine = sample, iterations, restarts, engine
+
+    def plan(self, patch: int, dataset: Dataset) -> tuple[int, int, list[Sample], list[Sample], list[Any]]:
+        """Size of the input, the background class, the images of train and val, and state of their mask files, if any.
+
+        Raises NecoError for everything that can be seen to fail before the first image is read.
+        """
+        size, background = input_size(self.size, SIZE, patch, dataset), background_of(dataset)
+        val = labelled(dataset, "val")
+        if self.compat == "reference":
+            train = labelled(dataset, "train")
+        else:  # labels of train are not wanted
+            train = sorted(dataset.samples("train"), key=lambda sample: sample.key)
+        patches = (len(train) + len(val)) * (size // patch) ** 2
+        for name, k in (("k", self.k), ("k_community", self.given.k)):
+            if k > patches:
+                raise NecoError(f"{name}={k} clusters of {patches} patches: use a smaller {name}")
+        return size, background, train, val, [self._stamp(sample) for sample in (*train, *val) if self.masks]
+
+    def names(self, dataset: Dataset) -> list[str]:
+        """Of the metrics."""
+        return ["miou", "foreground_iou", f"miou_k{len(dataset.classes) - 1}"]
+
+    def __call__(
+        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
+    ) -> Result:
+        """Evaluate `backbone`; `seed` is that of k-means and of the search.
+
+        Returns: metrics `miou`, the mean over `seeds`; `foreground_iou` of step 1 alone; `miou_k<C - 1>`, of k-means
+        of the foreground into that many clusters instead of steps 2 to 4. Details: standard deviation (of the sample)
+        and what was chosen.
+
+        Raises:
+            NecoError: there are no `masks` and the backbone gives no attention.
+        """
+        extract, classes = extract or Extract(), len(dataset.classes)
+        size, background, train, val, _ = self.plan(backbone.patch, dataset)
+        numbered = devices.share([*enumerate([*train, *val])])
+        own, in_val = [sample for _, sample in numbered], np.array([i >= len(train) for i, _ in numbered], bool)
+        front = self._noisy_foreground(backbone, dataset, own, size, extract)
+        points = self._points(backbone, dataset, own, size, extract)
+        targets = {"val": self._targets(dataset, own, in_val, size, extract)}
+        if self.compat == "reference":
+            targets["train"] = self._targets(dataset, own, ~in_val, size, extract)
+
+        def score(maps: np.ndarray, nodes: int, split: str) -> Tensor:
+            """Confusion matrix (nodes, C) of a split."""
+            return _count(maps[in_val if split == "val" else ~in_val], targets[split], nodes, classes)
+
+        device = extract.place(backbone)
+        clusters = self._cluster(points, np.ones(points.shape[:3], np.int64), self.k, seed, device, spherical=True)
+        total, images = (devices.total(part) for part in cluster_precision(clusters, front, self.k))
+        precision = total / images.clamp(min=1)
+        matrices = {split: score(clusters, self.k, split) for split in targets}
+        least = self.precisions[0]
+        if "train" in matrices:
+            least = max(self.precisions, key=lambda p: _foreground_iou(matrices["train"], precision >= p, background))
+        kept = (precision >= least).numpy()[clusters]
+
+        def matched(found: Found, split: str) -> list[Tensor]:
+            matrix = score(found.maps, found.nodes, split)
+            return [_matched(matrix, partition, background) for partition in found.partitions]
+
+        def worth(found: Found) -> tuple[float, float]:
+            if "train" in targets:
+                return fmean(metrics.miou(matrix, self.compat) for matrix in matched(found, "train")), 0.0
+            off = fmean(abs(partition.count - self._preferred(classes)) for partition in found.partitions)
+            return -off, fmean(partition.modularity for partition in found.partitions)
+
+        tries = track([*self._tries(seed)], "communities")
+        best = max((self._communities(points, kept, given, classes, seed, device) for given in tries), key=worth)
+        final = matched(best, "val")
+        mious = [metrics.miou(matrix, self.compat) for matrix in final]
+
+        few = min(classes - 1, self._patches(kept))
+        plain = score(self._nodes(points, kept, few, seed, device), few + 1, "val")
+        plain = metrics.remap(plain, metrics.match_one_to_one(plain, background))
+        iou = torch.stack([metrics.class_iou(matrix) for matrix in final]).nanmean(0)
+        return Result(
+            self._protocol(size, classes),
+            {
+                "miou": fmean(mious),
+                "foreground_iou": _foreground_iou(matrices["val"], precision >= least, background),
+                f"miou_k{classes - 1}": metrics.miou(plain, self.compat),
+            },
+            {
+                "miou": {
+                    "std": stdev(mious) if len(mious) > 1 else None,
+                    "seeds": dict(zip(self.seeds, mious, strict=True)),
+                    "communities": [partition.count for partition in best.partitions],
+                    "k_community": best.nodes - 1,
+                    "markov_time": best.given.markov_time,
+                    "threshold": best.given.threshold,
+                    "iou": metrics.by_class(iou, dataset.classes),
+                },
+                "foreground_iou": {"precision": least, "clusters": int((precision >= least).sum())},
+                f"miou_k{classes - 1}": {"iou": metrics.by_class(metrics.class_iou(plain), dataset.classes)},
+            },
+        )
+
+    # Steps
+
+    def _noisy_foreground(
+        self, backbone: PatchFeatures, dataset: Dataset, own: Sequence[Sample], size: int, extract: Extract
+    ) -> np.ndarray:
+        """bool (N, h, w) of this process's images."""
+        side = size // backbone.patch
+        front = np.empty((len(own), side, side), bool)
+        if self.masks:
+            for row, sample in enumerate(own):
+                stored = read_stored(str(self._mask(sample)))
+                pixels = (stored.reshape(*stored.shape[:2], -1) > 0).any(2)
+                shares = Image.fromarray(pixels.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)
+                front[row] = np.asarray(shares) >= 128
+            return front
+        for rows, attention, _ in extract.stream(
+            Attention(backbone), dataset, own, size, nearest=None, what="train and val, attention"
+        ):
+            front[rows] = foreground(attention.permute(0, 3, 1, 2), self.mass).numpy()
+        return front
+
+    def _points(
+        self, backbone: PatchFeatures, dataset: Dataset, own: Sequence[Sample], size: int, extract: Extract
+    ) -> np.ndarray:
+        """Reduced features float32 (N, h, w, d) of this process's images."""
+
+        def stream() -> Iterator[tuple[slice, Tensor]]:
+            for rows, features, _ in extract.stream(backbone, dataset, own, size, nearest=None, what="train and val"):
+                yield rows, features.flatten(0, 2)
+
+        project = clustering.fit_projection(
+            (part for _, part in stream()), backbone.dim, self.pca, extract.place(backbone)
+        )
+        side = size // backbone.patch
+        points = np.empty((len(own), side, side, project.axes.shape[1]), np.float32)
+        for rows, part in stream():
+            points[rows] = project(part).view(-1, side, side, points.shape[3])
+        return points
+
+    def _targets(
+        self, dataset: Dataset, own: Sequence[Sample], chosen: np.ndarray, size: int, extract: Extract
+    ) -> Tensor:
+        """Masks at 100 x 100 of the chosen ones of this process's images, uint8: small beside their features."""
+        samples = [sample for sample, wanted in zip(own, chosen, strict=True) if wanted]
+        parts = [resize_nearest(masks, GRID) for _, masks in extract.masks(dataset, samples, size)]
+        return torch.cat(parts) if parts else torch.empty(0, GRID, GRID, dtype=torch.uint8)
+
+    def _cluster(
+        self,
+        points: np.ndarray,
+        weights: np.ndarray,
+        k: int,
+        seed: int,
+        device: torch.device,
+        spherical: bool = False,
+    ) -> np.ndarray:
+        """k-means of all processes' patches, each as often as `weights`, int64 (N, h, w): int64 (N, h, w)."""
+        ends, rows = np.cumsum(weights), points.reshape(-1, points.shape[3])
+        totals = devices.merge(int(ends[-1]) if len(ends) else 0)
+        first = sum(totals[: devices.rank()])
+        count = min(sum(totals), self.sample * k)
+        drawn = np.sort(generator(seed, k, "k-means").choice(sum(totals), count, replace=False, shuffle=False)) - first
+        drawn = drawn[(drawn >= 0) & (drawn < totals[devices.rank()])]
+        local = torch.from_numpy(rows[np.searchsorted(ends, drawn, side="right")])
+        trained = clustering.kmeans(
+            devices.gather_uneven(local).numpy(),
+            k,
+            seed=seed,
+            engine=self.engine,
+            iterations=self.iterations,
+            restarts=self.restarts,
+            sample=self.sample,
+            spherical=spherical,
+            device=device,
+        )
+        centroids = devices.merge(trained.centroids)[0]  # of one process, whatever rounding does in the others
+        index = clustering.assign(rows, centroids, engine=self.engine, spherical=spherical, device=device)
+        return index.reshape(points.shape[:3])
+
+    def _nodes(self, points: np.ndarray, kept: np.ndarray, k: int, seed: int, device: torch.device) -> np.ndarray:
+        """The foreground in k clusters: int32 (N, h, w), 0 = background."""
+        if not k:
+            return np.zeros(kept.shape, np.int32)
+        index = self._cluster(points, kept * multiplicity(*kept.shape[1:]), k, seed, device)
+        return np.where(kept, index + 1, 0).astype(np.int32)
+
+    def _patches(self, kept: np.ndarray) -> int:
+        """Patches of the foreground in all processes that are seen at 100 x 100."""
+        return sum(devices.merge(int((kept & (multiplicity(*kept.shape[1:]) > 0)).sum())))
+
+    def _communities(
+        self, points: np.ndarray, kept: np.ndarray, given: Parameters, classes: int, seed: int, device: torch.device
+    ) -> Found:
+        k = min(given.k, self._patches(kept))
+        if k < given.k:
+            log.warning("k_community=%d: the foreground has %d patches", given.k, k)
+        maps, nodes = self._nodes(points, kept, k, seed, device), k + 1
+        shares, images = torch.zeros(nodes, nodes, dtype=torch.float64), torch.zeros(nodes, dtype=torch.long)
+        around = offsets(self.compat)
+        for start in range(0, len(maps), BATCH):
+            shown = resize_nearest(torch.from_numpy(maps[start : start + BATCH]), GRID)
+            part = neighbour_shares(shown, nodes, around)
+            shares += part[0]
+            images += part[1]
+        weights = edge_weights(devices.total(shares), devices.total(images))
+        partitions = [
+            communities(
+                weights,
+                given.threshold,
+                method=self.method,
+                markov_time=given.markov_time,
+                modules=self._preferred(classes),
+                seed=number,
+            )
+            for number in self.seeds
+        ]
+        return Found(given, maps, nodes, partitions)
+
+    def _tries(self, seed: int) -> Iterator[Parameters]:
+        yield self.given
+        for number in range(self.search):
+            rng = generator(seed, number, "search")
+            k, time, threshold = (math.exp(rng.uniform(*np.log(limits))) for limits in ((0.7, 1.4), (0.5, 2), (0.5, 2)))
+            given = self.given
+            yield Parameters(max(1, round(k * given.k)), time * given.markov_time, min(1, threshold * given.threshold))
+
+    # Names
+
+    def _preferred(self, classes: int) -> int:
+        return self.modules or classes - 1
+
+    def _mask(self, sample: Sample) -> Path:
+        assert self.masks
+        return self.masks / f"{sample.key.rpartition('/')[2]}.png"
+
+    def _stamp(self, sample: Sample) -> tuple[str, int, int]:
+        try:
+            return stamp(str(self._mask(sample)))
+        except OSError as error:
+            raise NecoError(
+                f"masks={self.masks}: {self._mask(sample)} cannot be read ({error.strerror}); every image of train and "
+                "val needs one"
+            ) from error
+
+    def _protocol(self, size: int, classes: int) -> str:
+        chosen = {"standard": "modules and modularity", "reference": "train mIoU"}[self.compat]
+        precisions = self.precisions
+        parts = [
+            f"unsupervised/{self.compat}/{size}",
+            f"pca={self.pca}",
+            f"k={self.k}",
+            "given masks" if self.masks else f"mass={self.mass:g}",
+            f"precision={precisions[0]:g}" if len(precisions) == 1 else "precision by train IoU",
+            f"k_community={self.given.k}",
+            f"threshold={self.given.threshold:g}",
+            f"{self.method}={self.given.markov_time:g}",
+            f"modules={self._preferred(classes)}",
+            f"search={self.search} by {chosen}" if self.search else "no search",
+            f"kmeans={self.iterations}x{self.restarts}",
+            f"sample={self.sample}",
+            f"seeds={','.join(map(str, self.seeds))}",
+        ]
+        return "/".join(parts)
+
+
+def _count(maps: np.ndarray, targets: Tensor, nodes: int, classes: int) -> Tensor:
+    """Confusion matrix (nodes, C) of maps (N, h, w) and masks (N, 100, 100) of all processes."""
+    matrix = torch.zeros(nodes, classes, dtype=torch.long)
+    for start in range(0, len(maps), BATCH):
+        shown = resize_nearest(torch.from_numpy(maps[start : start + BATCH]), GRID)
+        matrix += metrics.confusion(shown, targets[start : start + BATCH], nodes, classes)
+    return devices.total(matrix)
+
+
+def _foreground_iou(matrix: Tensor, kept: Tensor, background: int) -> float:
+    """IoU of the foreground when it is the `kept` (K,) of clusters with confusion matrix (K, C)."""
+    objects = matrix.sum(1) - matrix[:, background]
+    inside, outside = objects[kept].sum(), matrix[kept, background].sum()
+    return float(inside / (objects.sum() + outside).clamp(min=1))
+
+
+def _matched(matrix: Tensor, partition: Partition, background: int) -> Tensor:
+    """Confusion matrix (C, C) after the nodes (K, C) became communities and these the classes that fit them best."""
+    module = torch.from_numpy(partition.module)
+    joined = matrix.new_zeros(int(module.max()) + 1, matrix.shape[1]).index_add_(0, module, matrix)
+    return metrics.remap(joined, metrics.match_one_to_one(joined, background))
