@@ -131,24 +131,27 @@ def measure(
     evaluations = settings.build_all("eval")
     node = settings.config["val_dataset" if settings.config.get("val_dataset") else "dataset"]
     node = {key: value for key, value in node.items() if key not in ("root", "masks", "index", "weight", "max_bad")}
+    first = next(iter(networks.values()))  # the others differ in their weights alone
+    asked = {}
+    for name, evaluation in evaluations.items():
+        plan = evaluation.plan(patch=first.patch, dataset=dataset)
+        plan = [[*map(_state, part)] if isinstance(part, list) else part for part in plan]
+        depends = settings.config["eval"][name], node, plan, settings.run.seed, getattr(first, "spec", None)
+        asked[name] = hashlib.sha256(repr(depends).encode()).hexdigest()[:12]
     found = []
     done: dict[tuple[str, str], dict[str, Any]] = {}
     with torch.random.fork_rng():
         for network, backbone in networks.items():
             digest = weights_hash(backbone)
             for name, evaluation in evaluations.items():
-                plan = evaluation.plan(patch=backbone.patch, dataset=dataset)
-                plan = [[*map(_state, part)] if isinstance(part, list) else part for part in plan]
-                depends = settings.config["eval"][name], node, plan, settings.run.seed, getattr(backbone, "spec", None)
-                asked = hashlib.sha256(repr(depends).encode()).hexdigest()[:12]
-                key = {"evaluation": name, "weights": digest, "asked": asked}
+                key = {"evaluation": name, "weights": digest, "asked": asked[name]}
                 record: Any = store.find(step=step, network=network, **key) or done.get((digest, name))
                 if record is None:
                     log.info("evaluating: %s of the %s on %s", name, network, dataset_name)
                     result, cost = _run(evaluation, backbone, dataset, settings, device)
                     record = {"protocol": result.protocol, "metrics": result.metrics, "details": result.details, **cost}
                     if result.tensors:
-                        record["saved"] = f"heads/{name}-{network}-{step}-{asked}.safetensors"
+                        record["saved"] = f"heads/{name}-{network}-{step}-{asked[name]}.safetensors"
                         if store.writes:
                             save(result, store.path.with_name("heads") / Path(record["saved"]).name)
                     place = {"dataset": dataset_name, "split": "val", "step": step, "epoch": epoch}
