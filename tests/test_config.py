@@ -149,7 +149,7 @@ WRONG = [
 )
 def test_wrong_input_is_one_message(inside, tmp_path, arguments, words):
     if arguments == ["device=cuda"] and torch.cuda.is_available():
-        pytest.skip("needs a machine without a GPU")
+        pytest.skip("runs on a machine without a GPU")
     code, said = inside(*arguments)
     assert code == 2, said
     assert "Traceback" not in said and said.startswith("error: "), said
@@ -186,11 +186,12 @@ def test_every_option_says_what_it_is():
         assert lines[0].startswith("# ") and len(lines[0]) > 12, path
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*/[!_]*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+OBJECTS = sorted(path for path in CONF.glob("*/[!_]*.yaml") if "\n_target_:" in f"\n{path.read_text()}")
+
+
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_option_fits_its_constructor(path):
-    node = yaml.safe_load(path.read_text()) or {}
-    if "_target_" not in node:
-        pytest.skip("holds no single object")
+    node = yaml.safe_load(path.read_text())
     target = config.locate(node["_target_"])
     values = {
         key: value

@@ -43,7 +43,7 @@ def test_what_is_missing_is_said(tmp_path):
         CamVid(root=str(tmp_path)).samples("trainval")
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real images are not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="runs beside ../shared/data/camvid")
 def test_real_images():
     dataset = CamVid(root=str(REAL))
     splits = [dataset.samples(split) for split in ("train", "val")]

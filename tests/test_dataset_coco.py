@@ -91,7 +91,7 @@ def test_panoptic_masks_need_their_segments(tmp_path):
             CocoStuff(root=str(tmp_path), encoding=encoding).samples("val")
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason="the real images are not here")
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="runs beside the COCO sample of ../shared")
 @pytest.mark.parametrize("masks", ["panoptic_examples", "panoptic_examples_2ch_format"])
 def test_real_masks(tmp_path, masks):
     shutil.copytree(SAMPLE / "input_images", tmp_path / "val2017")

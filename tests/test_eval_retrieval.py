@@ -34,7 +34,7 @@ def dataset(tmp_path: Path) -> Files:
     return Files(tmp_path, 5, **splits)
 
 
-@pytest.mark.skipif(not EXAMPLE.exists(), reason="the worked examples are not here")
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="runs beside ../shared/examples")
 def test_published_worked_example() -> None:
     example = {name: torch.from_numpy(value) for name, value in np.load(EXAMPLE).items()}
     labels = retrieval.soft_labels(example["mask"][:, 0], 2, 5, "reference")

@@ -89,7 +89,7 @@ def check_loops(loss: NeCo, masked: bool) -> None:
     assert torch.equal((gradients[0] != 0).any(-1), mask)
 
 
-@pytest.mark.skipif(not EXAMPLE.exists(), reason="needs ../shared/examples")
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="runs beside ../shared/examples")
 def test_published_ten_pairs() -> None:
     given = {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(EXAMPLE).items()}
     images, views, globals_, patch = 2, 6, 2, 14

@@ -91,6 +91,6 @@ def test_git_revision_is_the_checkouts_own():
     root = Path(__file__).parents[1]
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
     if head.returncode:
-        pytest.skip("not a git checkout")
+        pytest.skip("runs in a git checkout")
     revision = results.git_revision()
     assert revision is None or revision.removesuffix("+changes") == head.stdout.strip()

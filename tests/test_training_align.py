@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "shared" / "examples"
 def example(name: str) -> dict[str, Tensor]:
     path = EXAMPLES / name
     if not path.exists():
-        pytest.skip(f"{name} is not here")
+        pytest.skip(f"runs beside ../shared/examples, which holds {name}")
     return {key: torch.from_numpy(value) for key, value in np.load(path).items()}
 
 

@@ -95,10 +95,9 @@ def verdict(dataset: Dataset, found: dict[str, Look]) -> tuple[list[str], list[s
         if look.bad:
             shown = "\n  ".join([*look.bad.values()][:5])
             problems.append(f"{split}: {len(look.bad)} of {look.looked} images looked at cannot be used\n  {shown}")
-    if (train := found.get("train")) and train.images:
-        allowed = int(dataset.max_bad * train.images + 1e-9)
-        if chance(len(train.bad), train.looked, allowed, train.images) >= CHANCE:
-            serves.append("training")
+    limit = dataset.bad_limits(dataset.samples("train"))[""] if "train" in found else (0, 0)
+    if (train := found.get("train")) and train.images and chance(len(train.bad), train.looked, *limit) >= CHANCE:
+        serves.append("training")
     if (val := found.get("val")) and dataset.classes and val.masks == val.images > 0 and not val.bad:
         serves.append("evaluation")
     return serves, problems

@@ -375,14 +375,14 @@ def _conclude(settings: Settings, job: Job, store: results.Results, output: Path
     log.info("wrote       %s", ", ".join(sorted(p.name for p in output.iterdir() if not p.name.startswith("."))))
     log.info("checkpoint  %s", last)
     if not job.val:
-        log.info("evaluate    python -m neco task=eval checkpoint=%s dataset=NAME  (a labelled one)", output)
+        log.info("to evaluate on a labelled set:  python -m neco task=eval checkpoint=%s dataset=NAME", output)
         return None
     node = "val_dataset." if settings.config.get("val_dataset") else "dataset."
     same = ["dataset." + o.removeprefix(node) for o in settings.overrides if o.startswith(node)]
     same += [o for o in settings.overrides if o.startswith(("eval=", "eval."))]
     result = "teacher" if job.plan.options.teacher == "ema" else "student"
     wanted = ["task=eval", f"weights={result}", f"checkpoint={output}", f"dataset={job.val_name}", *same]
-    log.info("evaluate    python -m neco %s  (by the full protocol, see --help)", shlex.join(wanted))
+    log.info("to evaluate by the full protocol:  python -m neco %s", shlex.join(wanted))
     if monitor := job.plan.options.monitor:
         best, value = max(store.history(monitor), key=lambda pair: pair[1])
         held = last.with_name("best.ckpt")
