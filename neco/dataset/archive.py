@@ -136,7 +136,7 @@ class Content:
         if self.names[place : place + 1] != [name]:
             return None
         offset, stored, size, crc, method = self.rows[place].tolist()
-        return Member(self.path, self.time, name, offset, stored, stored if size == stored else size, crc, method)
+        return Member(self.path, self.time, name, offset, stored, size, crc, method)
 
     def is_dir(self, name: str) -> bool:
         return next(self.children(name), None) is not None or not name
