@@ -190,7 +190,7 @@ def test_half_of_the_images_are_mirrored_where_it_is_asked_for() -> None:
 )
 def test_input_size(given_size: int | None, published: int, patch: int, image_size: int | None, size: int) -> None:
     dataset = SimpleNamespace(image_size=image_size)
-    assert base.input_size(given_size, published, patch, dataset) == size
+    assert base.input_size(given_size, published, patch, dataset) == (size, size)
 
 
 def test_a_size_that_is_no_multiple_names_its_neighbours() -> None:

@@ -3,7 +3,7 @@
 The measure of DINO (Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021), which Leopart and
 NeCo report too.
 
-Shapes: B images, S pixels per side, h w patches, p pixels of a patch.
+Shapes: B images, H W pixels, h w patches, p pixels of a patch.
 """
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 from neco import devices
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.errors import NecoError
-from neco.eval.base import Extract, PatchFeatures, Result, background_of, input_size, labelled
+from neco.eval.base import Extract, PatchFeatures, Result, background_of, input_size, labelled, size_name
 from neco.model.backbone import Attention as CLSAttention
 from neco.model.mask import foreground, heaviest
-from neco.values import Positive, PositiveFraction
+from neco.values import PositiveFraction, Size
 
 SIZE = 448
 
@@ -26,7 +26,7 @@ def overlap(kept: Tensor, masks: Tensor, background: int) -> tuple[Tensor, Tenso
 
     Args:
         kept: bool (B, h, w).
-        masks: (B, S, S) of labels and 255.
+        masks: (B, H, W) of labels and 255.
 
     Returns: intersection and union, float64 (B,).
     """
@@ -44,16 +44,17 @@ class Attention:
     The foreground is every class but the background. Images without any are left out.
 
     Args:
-        size: of the input in pixels; null = the multiple of the patch nearest to 448 (to the data's own size if drawn).
+        size: of the input in pixels, or [height, width]; null = the multiple of the patch nearest to 448 (to the
+            data's own size if drawn).
         mass: share of the attention that the chosen patches hold.
         clean: blur the map (sigma 0.6 patches) and drop components of one or two patches, as `loss.mask` does;
             false = the bare threshold, as in DINO.
     """
 
-    def __init__(self, *, size: Positive | None = None, mass: PositiveFraction = 0.6, clean: bool = True) -> None:
+    def __init__(self, *, size: Size | None = None, mass: PositiveFraction = 0.6, clean: bool = True) -> None:
         self.size, self.mass, self.clean = size, mass, clean
 
-    def plan(self, patch: int, dataset: Dataset) -> tuple[int, int, list[Sample]]:
+    def plan(self, patch: int, dataset: Dataset) -> tuple[tuple[int, int], int, list[Sample]]:
         """Size of the input, the background class, and the images.
 
         Raises NecoError for everything that can be seen to fail before the first image is read.
@@ -91,13 +92,17 @@ class Attention:
         scores = inside / union
         pixels = inside.sum(0) / union.sum(0)
         return Result(
-            f"attention/{size}/mass={self.mass:g}/{'blur=0.6/specks<3' if self.clean else 'bare'}/mean over images",
+            self._protocol(size),
             {"jaccard": float(scores[:, 0].mean()), "jaccard_best_head": float(scores[:, 1:].amax(1).mean())},
             {
                 "jaccard": {"images": len(scores), "over_pixels": float(pixels[0])},
                 "jaccard_best_head": {"heads": scores[:, 1:].mean(0).tolist(), "over_pixels": pixels[1:].tolist()},
             },
         )
+
+    def _protocol(self, size: Size) -> str:
+        how = "blur=0.6/specks<3" if self.clean else "bare"
+        return f"attention/{size_name(size)}/mass={self.mass:g}/{how}/mean over images"
 
     def _choose(self, heads: Tensor) -> Tensor:
         """The chosen patches of attention (B, heads, h, w), heads averaged: bool (B, h, w)."""

@@ -1,6 +1,6 @@
 """What every evaluation stands on: its result, the input size, random draws, and frozen patch features.
 
-Shapes: N images of a split, B of a batch, S pixels per side of the input, h w patches, D channels.
+Shapes: N images of a split, B of a batch, H W pixels of the input, h w patches, D channels.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ from neco.eval.metrics import Compat
 from neco.eval.neighbours import full_precision
 from neco.model.weights import weights_hash
 from neco.progress import track
-from neco.values import MEAN, STD, NonNegative, Positive, PositiveFloat
+from neco.values import MEAN, STD, NonNegative, Positive, PositiveFloat, Size, sides
 
 Nearest = Literal["centre", "floor"]  # which pixel stands for a cell: PIL's (the middle one) or torch's (the first)
 RATIO = 4 / 3  # the most elongated crop, either way
 
 
 class PatchFeatures(Protocol):
-    """What evaluations need of a backbone: (B, 3, S, S) normalised images -> (B, h, w, D)."""
+    """What evaluations need of a backbone: (B, 3, H, W) normalised images -> (B, h, w, D)."""
 
     patch: int
     dim: int
@@ -63,8 +63,8 @@ class Result:
     about: Mapping[str, str] = field(default_factory=dict)
 
 
-def input_size(given: int | None, published: int, patch: int, dataset: Dataset) -> int:
-    """Pixels per side of the input: `given`, else the multiple of the patch nearest to the published size.
+def input_size(given: int | Sequence[int] | None, published: int, patch: int, dataset: Dataset) -> tuple[int, int]:
+    """Height and width of the input: `given`, else squares of the multiple of the patch nearest to the published size.
 
     Drawn data of one small size are not enlarged for it: there it is the nearest multiple within `dataset.image_size`.
 
@@ -72,18 +72,35 @@ def input_size(given: int | None, published: int, patch: int, dataset: Dataset) 
         NecoError: `given` is no multiple of the patch.
     """
     if given is not None:
-        if given % patch:
-            low = max(1, given // patch) * patch
-            raise NecoError(f"size={given} is no multiple of the backbone's patch {patch}: use {low} or {low + patch}")
-        return given
+        for side in sides(given):
+            if side % patch:
+                low = max(1, side // patch) * patch
+                what = f"size={side}" if len({*sides(given)}) == 1 else f"size={[*sides(given)]}: {side}"
+                raise NecoError(f"{what} is no multiple of the backbone's patch {patch}: use {low} or {low + patch}")
+        return sides(given)
     size = max(1, round(min(published, dataset.image_size or published) / patch)) * patch
-    return size - patch if dataset.image_size and patch < size and dataset.image_size < size else size
+    size -= patch if dataset.image_size and patch < size and dataset.image_size < size else 0
+    return size, size
 
 
-def check_drop(compat: Compat, drop_last: int) -> None:
-    """Raises NecoError when images would be left out of the standard protocol."""
+def token_grid(size: int | Sequence[int], patch: int) -> tuple[int, int]:
+    """Patches (h, w) of an input."""
+    height, width = sides(size)
+    return height // patch, width // patch
+
+
+def size_name(size: Size) -> str:
+    """What protocols call a size: `448` for squares, else height x width, `448x896`."""
+    height, width = sides(size)
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def check_protocol(compat: Compat, size: Size | None, drop_last: int = 0) -> None:
+    """Raises NecoError for what `compat` doesn't allow: images left out, or inputs that are no squares."""
     if drop_last and compat == "standard":
         raise NecoError(f"drop_last={drop_last}: compat=standard uses every image; set compat=reference or drop_last=0")
+    if size and compat == "reference" and len({*sides(size)}) > 1:
+        raise NecoError(f"size={list(sides(size))}: the published code knows squares only; set compat=standard")
 
 
 def labelled(dataset: Dataset, split: str, drop_last: int = 0) -> list[Sample]:
@@ -125,7 +142,8 @@ class Draw:
 
     A pure function of (seed, turn, key of the image). `scale`: range of the crop's share of the area; a draw that
     doesn't fit is repeated, after ten the crop is the whole frame (as far as the ratio allows), as in torchvision.
-    `flips`: half of the images, with their masks, are mirrored. `colours`: whether they are jittered.
+    `flips`: half of the images, with their masks, are mirrored. `colours`: whether they are jittered. `aspect`: width
+    by height of the input, which crops have up to 4/3 either way.
     """
 
     scale: tuple[float, float]
@@ -133,18 +151,19 @@ class Draw:
     turn: int
     flips: bool = False
     colours: bool = True
+    aspect: float = 1.0
 
     def box(self, key: str, width: int, height: int) -> tuple[int, int, int, int]:
         """The crop (x1, y1, x2, y2) of an image, in pixels."""
         rng = generator(self.seed, self.turn, key, "crop")
         for _ in range(10):
             area = width * height * rng.uniform(*self.scale)
-            ratio = math.exp(rng.uniform(-math.log(RATIO), math.log(RATIO)))
+            ratio = self.aspect * math.exp(rng.uniform(-math.log(RATIO), math.log(RATIO)))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
                 return x, y, x + w, y + h
-        w, h = min(width, round(height * RATIO)), min(height, round(width * RATIO))
+        w, h = min(width, round(height * RATIO * self.aspect)), min(height, round(width * RATIO / self.aspect))
         x, y = (width - w) // 2, (height - h) // 2
         return x, y, x + w, y + h
 
@@ -168,25 +187,25 @@ class Draw:
         return image
 
 
-def resize_nearest(maps: Tensor, size: int) -> Tensor:
-    """Integer maps (B, H, W) -> (B, size, size): output pixel i shows input pixel floor(i * H / size)."""
-    return F.interpolate(maps[:, None].float(), size=(size, size), mode="nearest")[:, 0].to(maps.dtype)
+def resize_nearest(maps: Tensor, size: Size) -> Tensor:
+    """Integer maps (B, H, W) -> (B, *size): output pixel i of n shows input pixel floor(i * H / n)."""
+    return F.interpolate(maps[:, None].float(), size=sides(size), mode="nearest")[:, 0].to(maps.dtype)
 
 
 class _Items(data.Dataset):
-    """Image (3, S, S) and mask (S, S) of each sample, uint8; what isn't wanted is empty."""
+    """Image (3, H, W) and mask (H, W) of each sample, uint8; what isn't wanted is empty."""
 
     def __init__(
         self,
         dataset: Dataset,
         samples: Sequence[Sample],
-        size: int,
+        size: Size,
         *,
         images: bool,
         nearest: Nearest | None,
         draw: Draw | None = None,
     ) -> None:
-        self.dataset, self.samples, self.size = dataset, samples, size
+        self.dataset, self.samples, self.size = dataset, samples, sides(size)
         self.images, self.nearest, self.draw = images, nearest, draw
 
     def __len__(self) -> int:
@@ -208,12 +227,12 @@ class _Items(data.Dataset):
         if self.draw:
             image = self.draw.cut(sample.key, self.draw.jitter(sample.key, image)) if image else None
             label = self.draw.cut(sample.key, label) if label else None
-        square, empty = (self.size, self.size), torch.empty(0, dtype=torch.uint8)
+        frame, empty = self.size[::-1], torch.empty(0, dtype=torch.uint8)
         pixels = masks = empty
         if image:
-            pixels = torch.from_numpy(np.array(image.resize(square, Image.Resampling.BILINEAR))).permute(2, 0, 1)
+            pixels = torch.from_numpy(np.array(image.resize(frame, Image.Resampling.BILINEAR))).permute(2, 0, 1)
         if label and self.nearest == "centre":
-            masks = torch.from_numpy(np.array(label.resize(square, Image.Resampling.NEAREST)))
+            masks = torch.from_numpy(np.array(label.resize(frame, Image.Resampling.NEAREST)))
         elif label:
             masks = resize_nearest(torch.from_numpy(np.array(label))[None], self.size)[0]
         return pixels, masks
@@ -254,17 +273,16 @@ class Extract:
         backbone: PatchFeatures,
         dataset: Dataset,
         samples: Sequence[Sample],
-        size: int,
+        size: Size,
         *,
         draw: Draw | None = None,
         what: str = "images",
     ) -> np.ndarray:
-        """All features of `samples` at S = size: float32 (N, h, w, D), memory-mapped where the cache has them."""
+        """All features of `samples` at a size: float32 (N, h, w, D), memory-mapped where the cache has them."""
         cached = self.cache.find(self._spec(backbone, samples, size, STD, draw))
         if cached is not None:
             return cached
-        side = size // backbone.patch
-        features = np.empty((len(samples), side, side, backbone.dim), np.float32)
+        features = np.empty((len(samples), *token_grid(size, backbone.patch), backbone.dim), np.float32)
         for rows, part, _ in self.stream(backbone, dataset, samples, size, nearest=None, draw=draw, what=what):
             features[rows] = part
         return features
@@ -274,7 +292,7 @@ class Extract:
         backbone: PatchFeatures,
         dataset: Dataset,
         samples: Sequence[Sample],
-        size: int,
+        size: Size,
         *,
         nearest: Nearest | None = "centre",
         std: tuple[float, float, float] = STD,
@@ -282,9 +300,9 @@ class Extract:
         keep: bool = True,
         what: str = "images",
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """One pass: yields rows of `samples`, features float32 (B, h, w, D) and masks uint8 (B, S, S), on the CPU.
+        """One pass: yields rows of `samples`, features float32 (B, h, w, D) and masks uint8 (B, H, W), on the CPU.
 
-        Images and masks are squashed to S x S, images by PIL's antialiased bilinear. The backbone is in evaluation
+        Images and masks are squashed to `size`, images by PIL's antialiased bilinear. The backbone is in evaluation
         mode during each forward pass, and as it was in between; no random state is touched.
 
         Args:
@@ -309,9 +327,9 @@ class Extract:
                 yield rows, features, masks
 
     def masks(
-        self, dataset: Dataset, samples: Sequence[Sample], size: int, *, nearest: Nearest = "centre"
+        self, dataset: Dataset, samples: Sequence[Sample], size: Size, *, nearest: Nearest = "centre"
     ) -> Iterator[tuple[slice, Tensor]]:
-        """The masks alone, as `stream` yields them: rows of `samples` and uint8 (B, S, S)."""
+        """The masks alone, as `stream` yields them: rows of `samples` and uint8 (B, H, W)."""
         items = _Items(dataset, samples, size, images=False, nearest=nearest)
         for rows, (_, masks) in self._load(items, "masks"):
             yield rows, masks
@@ -354,8 +372,7 @@ class Extract:
         finally:
             for part in training:
                 part.training = True
-        side = images.shape[-1] // backbone.patch
-        wanted = (len(images), side, side, backbone.dim)
+        wanted = (len(images), *token_grid(images.shape[2:], backbone.patch), backbone.dim)
         if features.shape != wanted:
             raise NecoError(f"{type(backbone).__name__} gave features of shape {tuple(features.shape)}, not {wanted}")
         if not features.isfinite().all():
@@ -372,7 +389,7 @@ class Extract:
         self,
         backbone: PatchFeatures,
         samples: Sequence[Sample],
-        size: int,
+        size: Size,
         std: tuple[float, float, float],
         draw: Draw | None,
     ) -> Spec | None:
@@ -385,7 +402,7 @@ class Extract:
             "network": [(name, type(part).__qualname__, _settings(part)) for name, part in backbone.named_modules()],
             "computed": ("float32", self.place(backbone).type),
             "normalisation": (MEAN, std),
-            "size": size,
+            "size": sides(size),
             "draw": asdict(draw) if draw else None,
             "samples": [(sample.key, *stamp(sample.image)) for sample in samples],
             "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},

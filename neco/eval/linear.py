@@ -1,6 +1,6 @@
 """Linear segmentation: how well a 1x1 convolution on frozen patch features, trained on train, segments val.
 
-Shapes: B images, S pixels per side, h w patches, D channels, C classes, L learning rates; G = GRID.
+Shapes: B images, H W pixels, h w patches, D channels, C classes, L learning rates; G = GRID.
 """
 
 import copy
@@ -30,17 +30,19 @@ from neco.eval.base import (
     Nearest,
     PatchFeatures,
     Result,
-    check_drop,
+    check_protocol,
     generator,
     input_size,
     labelled,
     resize_nearest,
+    size_name,
+    token_grid,
 )
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import full_precision
 from neco.model.weights import weights_hash
 from neco.progress import track
-from neco.values import NonNegative, Positive, PositiveFloat
+from neco.values import NonNegative, Positive, PositiveFloat, Size, sides
 
 log = logging.getLogger(__name__)
 Kind = Literal["linear", "fcn"]
@@ -70,10 +72,10 @@ class Head(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(HIDDEN if layers else dim, classes, 1))
         self.classes = classes
 
-    def forward(self, tokens: Tensor, pixels: int) -> Tensor:  # type: ignore[override]
-        """(B, h, w, D) -> (B, C, pixels, pixels)."""
+    def forward(self, tokens: Tensor, pixels: Size) -> Tensor:  # type: ignore[override]
+        """(B, h, w, D) -> (B, C, *pixels)."""
         logits = super().forward(tokens.permute(0, 3, 1, 2))
-        return F.interpolate(logits, size=(pixels, pixels), mode="bilinear")
+        return F.interpolate(logits, size=sides(pixels), mode="bilinear")
 
 
 def new_head(kind: Kind, dim: int, classes: int, seed: int) -> Head:
@@ -145,7 +147,7 @@ class Batches:
         backbone: PatchFeatures,
         dataset: Dataset,
         samples: Sequence[Sample],
-        size: int,
+        size: tuple[int, int],
         *,
         extract: Extract,
         seed: int,
@@ -156,9 +158,9 @@ class Batches:
         self.read = partial(extract.stream, backbone, dataset, size=size)
         self.read_all = partial(extract, backbone, dataset, size=size)
         self.samples, self.seed, self.batch_size, self.draws = samples, seed, batch_size, draws
-        side = size // backbone.patch
-        self.empty = torch.empty(0, side, side, backbone.dim), torch.empty(0, GRID, GRID, dtype=torch.uint8)
-        self.own = devices.share(range(len(samples)))
+        tokens = torch.empty(0, *token_grid(size, backbone.patch), backbone.dim)
+        self.empty = tokens, torch.empty(0, GRID, GRID, dtype=torch.uint8)
+        self.own, self.aspect = devices.share(range(len(samples))), size[1] / size[0]
         self.mixed = None
         if shuffled:
             masks = [resize_nearest(masks, GRID) for _, masks in extract.masks(dataset, samples, size)]
@@ -176,7 +178,7 @@ class Batches:
         return regroup(self._fresh([*chain(*parts)], epoch, what), [len(part) for part in parts], self.empty)
 
     def _draw(self, turn: int) -> Draw:
-        return Draw(SCALE, self.seed, turn, flips=True, colours=False)
+        return Draw(SCALE, self.seed, turn, flips=True, colours=False, aspect=self.aspect)
 
     def _fresh(self, rows: list[int], epoch: int, what: str) -> Iterator[Batch]:
         nearest: Nearest | None = "centre" if self.mixed is None else None
@@ -209,16 +211,16 @@ class Batches:
 def score(
     heads: Mapping[Key, Head],
     stream: Iterable[tuple[slice, Tensor, Tensor]],
-    sizes: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
     device: torch.device,
-) -> dict[tuple[Key, int], Tensor]:
+) -> dict[tuple[Key, tuple[int, int]], Tensor]:
     """Confusion matrices (C, C) by (head, size in pixels) of what `Extract.stream` yields, over all processes."""
     classes = next(iter(heads.values())).classes
     matrices = {(key, size): torch.zeros(classes, classes, dtype=torch.long) for key in heads for size in sizes}
     for _, tokens, masks in stream:
         for size in sizes:
-            targets = masks if masks.shape[-1] == size else resize_nearest(masks, size)
-            step = max(1, LOGITS // (classes * size**2))
+            targets = masks if masks.shape[1:] == size else resize_nearest(masks, size)
+            step = max(1, LOGITS // (classes * math.prod(size)))
             for part, target in zip(tokens.split(step), targets.split(step), strict=True):
                 part, target = part.to(device), target.to(device)
                 for key, head in heads.items():
@@ -244,7 +246,8 @@ class Linear:
     epochs the head that is best on val itself, and counts absent classes as 0.
 
     Args:
-        size: of the input in pixels; null = the multiple of the patch nearest to 448 (to the data's own size if drawn).
+        size: of the input in pixels, or [height, width]; null = the multiple of the patch nearest to 448 (to the
+            data's own size if drawn).
         head_kind: `linear`, or `fcn` (on the token map, 512 channels; no published number uses it).
         lr: learning rate, or several: independent heads with the same start, from one pass over the features.
         choose: which of several is `miou`. null = the published 0.01; `train_holdout` = the best on a tenth of train
@@ -268,7 +271,7 @@ class Linear:
         self,
         *,
         compat: Compat = "standard",
-        size: Positive | None = None,
+        size: Size | None = None,
         head_kind: Kind = "linear",
         lr: PositiveFloat | list[PositiveFloat] = LR,
         choose: Literal["train_holdout"] | None = None,
@@ -280,7 +283,7 @@ class Linear:
         drop_last: NonNegative = 0,
         head: str | None = None,
     ) -> None:
-        check_drop(compat, drop_last)
+        check_protocol(compat, size, drop_last)
         self.compat = compat
         self.size = size
         self.head_kind = head_kind
@@ -298,7 +301,9 @@ class Linear:
         if not choose and len(self.lrs) > 1 and LR not in self.lrs:
             raise NecoError(f"lr={self.lrs}: which is the headline? Add the published {LR} or set choose=train_holdout")
 
-    def plan(self, patch: int, dataset: Dataset) -> tuple[int, list[Sample], list[Sample], list[Sample], str | None]:
+    def plan(
+        self, patch: int, dataset: Dataset
+    ) -> tuple[tuple[int, int], list[Sample], list[Sample], list[Sample], str | None]:
         """Size of the input; images to train on, to choose by and to score on; hash of the saved head.
 
         Raises NecoError for everything that can be seen to fail before the first image is read.
@@ -308,7 +313,9 @@ class Linear:
             _, about, digest = load_head(self.head)
             if (names := json.loads(about["classes"])) != [*dataset.classes]:
                 raise NecoError(f"head={self.head} knows other classes than the data set: {', '.join(names)}")
-            return input_size(self.size or int(about["size"]), SIZE, patch, dataset), [], [], val, digest
+            of_head = [int(side) for side in about["size"].split("x")]
+            size = self.size or (of_head[0], of_head[-1])
+            return input_size(size, SIZE, patch, dataset), [], [], val, digest
         size, train = input_size(self.size, SIZE, patch, dataset), labelled(dataset, "train", self.drop_last)
         held = {*generator("holdout").permutation(len(train))[: max(1, round(HOLDOUT * len(train)))]}
         held = held if self.choose else set()
@@ -338,7 +345,7 @@ class Linear:
             return self._score_saved(self.head, backbone, dataset, extract)
         size, train, holdout, val, _ = self.plan(backbone.patch, dataset)
         device, read = extract.place(backbone), partial(extract.stream, backbone, dataset, size=size)
-        own = size if self.compat == "standard" else GRID
+        own = self._pixels(size)
         batches = Batches(
             backbone, dataset, train, size, extract=extract, seed=seed,
             batch_size=self.batch_size, draws=self.draws, shuffled=self.shuffled,
@@ -360,7 +367,7 @@ class Linear:
             "kind": self.head_kind,
             "dim": str(backbone.dim),
             "classes": json.dumps(dataset.classes),
-            "size": str(size),
+            "size": size_name(size),
             "patch": str(backbone.patch),
             "weights": _hash(backbone),
         }
@@ -389,16 +396,23 @@ class Linear:
         # Not refused: how far a head still fits after the backbone was trained on is worth knowing. But named.
         if other := about["weights"] != (weights := _hash(backbone)):
             log.warning("head=%s was trained on weights %s, these are %s", path, about["weights"], weights)
-        device, own = extract.place(backbone), size if self.compat == "standard" else GRID
+        device, own = extract.place(backbone), self._pixels(size)
         stream = extract.stream(backbone, dataset, devices.share(val), size, what="val")
-        found = score({path: head.to(device)}, stream, [*dict.fromkeys((GRID, size))], device)
-        scores = {f"miou_{at}": self._miou(matrix) for (_, at), matrix in found.items()}
-        parts = [f"linear_head/{self.compat}/{size}", f"at={own}", f"head={digest}"] + ["other_weights"] * other
+        found = score({path: head.to(device)}, stream, [*dict.fromkeys(((GRID, GRID), size))], device)
+        scores = {f"miou_{size_name(at)}": self._miou(matrix) for (_, at), matrix in found.items()}
+        parts = [f"linear_head/{self.compat}/{size_name(size)}", f"at={size_name(own)}", f"head={digest}"] + [
+            "other_weights"
+        ] * other
         return Result(
             "/".join(parts + self._dropped),
-            {"miou": scores[f"miou_{own}"], **scores},
-            {f"miou_{at}": {"iou": _iou(matrix, dataset)} for (_, at), matrix in found.items()} | {"head": about},
+            {"miou": scores[f"miou_{size_name(own)}"], **scores},
+            {f"miou_{size_name(at)}": {"iou": _iou(matrix, dataset)} for (_, at), matrix in found.items()}
+            | {"head": about},
         )
+
+    def _pixels(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Of maps that are compared."""
+        return size if self.compat == "standard" else (GRID, GRID)
 
     def _miou(self, matrix: Tensor) -> float:
         return metrics.miou(matrix, self.compat)
@@ -440,10 +454,10 @@ class Linear:
             head.load_state_dict(state)
         return kept, losses
 
-    def _protocol(self, size: int, pixels: int) -> str:
+    def _protocol(self, size: Size, pixels: Size) -> str:
         parts = [
-            f"linear{'_cached' * bool(self.draws)}/{self.compat}/{size}",
-            f"at={pixels}",
+            f"linear{'_cached' * bool(self.draws)}/{self.compat}/{size_name(size)}",
+            f"at={size_name(pixels)}",
             f"head={self.head_kind}",
             f"lr={','.join(f'{lr:g}' for lr in self.lrs)}",
             f"epochs={self.epochs}",

@@ -6,6 +6,7 @@ which NeCo reports too.
 Shapes: N images, h w patches, D channels, K clusters, C classes.
 """
 
+from math import prod
 from statistics import fmean, stdev
 
 import numpy as np
@@ -15,11 +16,21 @@ from neco import devices
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.eval import clustering, metrics
-from neco.eval.base import Extract, PatchFeatures, Result, check_drop, input_size, labelled, resize_nearest
+from neco.eval.base import (
+    Extract,
+    PatchFeatures,
+    Result,
+    check_protocol,
+    input_size,
+    labelled,
+    resize_nearest,
+    size_name,
+    token_grid,
+)
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import Engine, check_engine
 from neco.progress import track
-from neco.values import NonNegative, Positive
+from neco.values import NonNegative, Positive, Size
 
 SIZE = 448  # published
 GRID = 100  # pixels per side at which clusters and masks are compared
@@ -33,7 +44,8 @@ class Overcluster:
     cluster goes to the class of highest precision. `compat=reference` counts absent classes as 0.
 
     Args:
-        size: of the input in pixels; null = the multiple of the patch nearest to 448 (to the data's own size if drawn).
+        size: of the input in pixels, or [height, width]; null = the multiple of the patch nearest to 448 (to the
+            data's own size if drawn).
         k: number of clusters, or several; null = the number of classes.
         seeds: of k-means (published: 0 to 4).
         pca: channels kept, all of them where the features have fewer.
@@ -53,7 +65,7 @@ class Overcluster:
         self,
         *,
         compat: Compat = "standard",
-        size: Positive | None = None,
+        size: Size | None = None,
         k: Positive | list[Positive] | None = None,
         seeds: tuple[NonNegative, ...] = (0, 1, 2, 3, 4),
         pca: Positive = 50,
@@ -66,7 +78,7 @@ class Overcluster:
         drop_last: NonNegative = 0,
     ) -> None:
         check_engine(engine)
-        check_drop(compat, drop_last)
+        check_protocol(compat, size, drop_last)
         if k == [] or not seeds:
             raise NecoError(f"k={k}, seeds={list(seeds)}: give at least one of each")
         self.compat = compat
@@ -78,17 +90,16 @@ class Overcluster:
         self.engine = engine
         self.drop_last = drop_last
 
-    def plan(self, patch: int, dataset: Dataset) -> tuple[int, list[int], list[Sample]]:
+    def plan(self, patch: int, dataset: Dataset) -> tuple[tuple[int, int], list[int], list[Sample]]:
         """Size of the input, numbers of clusters, and the images.
 
         Raises NecoError for everything that can be seen to fail before the first image is read.
         """
         size, samples = input_size(self.size, SIZE, patch, dataset), labelled(dataset, "val", self.drop_last)
         ks = sorted(set(self.k if isinstance(self.k, list) else [self.k or len(dataset.classes)]))
-        if ks[-1] > (patches := len(samples) * (size // patch) ** 2):
-            raise NecoError(
-                f"k={ks[-1]} clusters of {patches} patches ({len(samples)} images of {size}): use a smaller k"
-            )
+        if ks[-1] > (patches := len(samples) * prod(token_grid(size, patch))):
+            images = f"{len(samples)} images of {size_name(size)}"
+            raise NecoError(f"k={ks[-1]} clusters of {patches} patches ({images}): use a smaller k")
         return size, ks, samples
 
     def names(self, dataset: Dataset) -> list[str]:
@@ -159,9 +170,9 @@ class Overcluster:
             points, clusters.centroids, engine=self.engine, spherical=self.spherical, device=device
         )
 
-    def _protocol(self, size: int, ks: list[int]) -> str:
+    def _protocol(self, size: Size, ks: list[int]) -> str:
         parts = [
-            f"overcluster/{self.compat}/{size}",
+            f"overcluster/{self.compat}/{size_name(size)}",
             f"k={','.join(map(str, ks))}",
             f"pca={self.pca}x{self.pca_rows}",
             f"kmeans={self.iterations}x{self.restarts}",

@@ -3,11 +3,12 @@
 Every patch of the training images is a memory entry with the shares of the classes in it; a patch of a validation image
 takes the label of its nearest entries.
 
-Shapes: B images, S pixels per side, h w patches, p pixels of a patch, D channels, M memory entries, Q queries,
+Shapes: B images, H W pixels, h w patches, p pixels of a patch, D channels, M memory entries, Q queries,
 k neighbours, C classes.
 """
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +21,28 @@ from neco import devices
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.errors import NecoError
 from neco.eval import metrics
-from neco.eval.base import Draw, Extract, PatchFeatures, Result, check_drop, generator, input_size, labelled
+from neco.eval.base import (
+    Draw,
+    Extract,
+    PatchFeatures,
+    Result,
+    check_protocol,
+    generator,
+    input_size,
+    labelled,
+    size_name,
+    token_grid,
+)
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import LEAST, Engine, Neighbours, bank, check_engine
-from neco.values import STD, NonNegative, Positive, PositiveFloat
+from neco.values import STD, NonNegative, Positive, PositiveFloat, Size
 
 SIZE = 512  # published
 REFERENCE_STD = (0.229, 0.224, 0.255)  # a slip of the published code that its numbers depend on
 
 
 def soft_labels(masks: Tensor, patch: int, classes: int, compat: Compat = "standard") -> Tensor:
-    """Share of each class among a patch's pixels: masks (B, S, S) of labels and 255 -> float32 (B, h, w, C).
+    """Share of each class among a patch's pixels: masks (B, H, W) of labels and 255 -> float32 (B, h, w, C).
 
     Pixels to ignore carry no class (`standard`: the shares of a patch then sum to less than 1) or are class 0
     (`reference`).
@@ -39,8 +51,8 @@ def soft_labels(masks: Tensor, patch: int, classes: int, compat: Compat = "stand
         masks = masks.masked_fill(masks == IGNORE, 0)
     if ((masks >= classes) & (masks != IGNORE)).any():
         raise ValueError(f"masks hold {int(masks[masks != IGNORE].max())}, but there are {classes} classes")
-    side = masks.shape[-1] // patch
-    label = masks.long().reshape(-1, side, patch, side, patch).transpose(2, 3).flatten(3)
+    h, w = token_grid(masks.shape[1:], patch)
+    label = masks.long().reshape(-1, h, patch, w, patch).transpose(2, 3).flatten(3)
     label = label.masked_fill(label == IGNORE, classes)
     counts = torch.zeros(*label.shape[:3], classes + 1).scatter_add_(3, label, torch.ones(label.shape))
     return counts[..., :classes] / patch**2
@@ -71,7 +83,8 @@ class Retrieval:
     first pixel of a cell, not the middle one), classes re-matched by the Hungarian algorithm, absent classes count 0.
 
     Args:
-        size: of the input in pixels; null = the multiple of the patch nearest to 512 (to the data's own size if drawn).
+        size: of the input in pixels, or [height, width]; null = the multiple of the patch nearest to 512 (to the
+            data's own size if drawn).
         k: number of neighbours, or several from one search.
         temperature: of the vote.
         augment: `published` = random crops and jitter of the memory images, `none` = the whole images.
@@ -94,7 +107,7 @@ class Retrieval:
         self,
         *,
         compat: Compat = "standard",
-        size: Positive | None = None,
+        size: Size | None = None,
         k: Positive | list[Positive] = 30,
         temperature: PositiveFloat = 0.02,
         augment: Literal["published", "none"] = "published",
@@ -108,7 +121,7 @@ class Retrieval:
         drop_last: NonNegative = 0,
     ) -> None:
         check_engine(engine)
-        check_drop(compat, drop_last)
+        check_protocol(compat, size, drop_last)
         if cells and engine == "torch":
             raise NecoError(f"cells={cells}: the inverted file is faiss's; use engine=faiss or cells=0")
         self.storage, self.bank_dir = storage, Path(bank_dir).expanduser() if bank_dir else None
@@ -125,14 +138,14 @@ class Retrieval:
         if not self.ks:
             raise NecoError("k=[]: give at least one number of neighbours")
 
-    def plan(self, patch: int, dataset: Dataset) -> tuple[int, int, list[Sample], list[Sample]]:
+    def plan(self, patch: int, dataset: Dataset) -> tuple[tuple[int, int], int, list[Sample], list[Sample]]:
         """Size of the input, memory entries an image and pass, and the training and validation images.
 
         Raises NecoError for everything that can be seen to fail before the first image is read.
         """
         size = input_size(self.size, SIZE, patch, dataset)
         train, val = (labelled(dataset, split, self.drop_last) for split in ("train", "val"))
-        share = patches = (size // patch) ** 2
+        share = patches = prod(token_grid(size, patch))
         if self.memory_size is not None:
             share = min(patches, self.memory_size // (len(train) * self.passes))
         if share == 0:
@@ -175,7 +188,7 @@ class Retrieval:
                 for k, matrix in matrices.items():
                     shares = vote(cosines[:, :k], found[:, :k], self.temperature)
                     shares = shares.T.reshape(1, classes, *side)
-                    predicted = F.interpolate(shares, size=(size, size), mode="bilinear").argmax(1)[0].cpu()
+                    predicted = F.interpolate(shares, size=size, mode="bilinear").argmax(1)[0].cpu()
                     matrix += metrics.confusion(predicted, mask, classes, classes)
         matrices = {k: devices.total(matrix) for k, matrix in matrices.items()}
         if self.compat == "reference":
@@ -204,7 +217,7 @@ class Retrieval:
         backbone: PatchFeatures,
         dataset: Dataset,
         samples: Sequence[Sample],
-        size: int,
+        size: tuple[int, int],
         share: int,
         extract: Extract,
         seed: int,
@@ -217,7 +230,7 @@ class Retrieval:
         filled = 0
         scale = (0.5, 2.0) if self.compat == "reference" else (0.5, 1.0)
         for turn in range(self.passes):
-            draw = Draw(scale, seed, turn) if self.augment == "published" else None
+            draw = Draw(scale, seed, turn, aspect=size[1] / size[0]) if self.augment == "published" else None
             what = f"train, pass {turn + 1} of {self.passes}"
             for rows, features, masks in extract.stream(
                 backbone, dataset, samples, size, **self._reading, draw=draw, what=what
@@ -235,9 +248,9 @@ class Retrieval:
                 filled += len(image)
         return devices.gather_uneven(memory[:filled]), devices.gather_uneven(labels[:filled])
 
-    def _protocol(self, size: int) -> str:
+    def _protocol(self, size: Size) -> str:
         parts = [
-            f"retrieval/{self.compat}/{size}",
+            f"retrieval/{self.compat}/{size_name(size)}",
             f"k={','.join(map(str, self.ks))}",
             f"augment={self.augment}",
             f"passes={self.passes}",

@@ -4,7 +4,7 @@ The protocol of Leopart (Ziegler and Asano, Self-Supervised Learning of Object P
 which NeCo reports too. Labels match what was found to classes, as in every clustering measure; `reference` also makes
 its choices by those of train.
 
-Shapes: N images, S pixels per side, h w patches, D channels, d reduced channels, K clusters or nodes, C classes.
+Shapes: N images, h w patches, D channels, d reduced channels, K clusters or nodes, C classes.
 """
 
 import logging
@@ -30,10 +30,13 @@ from neco.eval.base import (
     PatchFeatures,
     Result,
     background_of,
+    check_protocol,
     generator,
     input_size,
     labelled,
     resize_nearest,
+    size_name,
+    token_grid,
 )
 from neco.eval.communities import (
     Method,
@@ -49,7 +52,7 @@ from neco.eval.neighbours import Engine, check_engine
 from neco.model.backbone import Attention
 from neco.model.mask import foreground
 from neco.progress import track
-from neco.values import NonNegative, Positive, PositiveFloat, PositiveFraction
+from neco.values import NonNegative, Positive, PositiveFloat, PositiveFraction, Size
 
 log = logging.getLogger(__name__)
 SIZE = 448  # published
@@ -116,7 +119,8 @@ class Unsupervised:
     Holds the reduced features (d numbers a patch); those of the backbone are computed twice where nothing is cached.
 
     Args:
-        size: of the input in pixels; null = the multiple of the patch nearest to 448 (to the data's own size if drawn).
+        size: of the input in pixels, or [height, width]; null = the multiple of the patch nearest to 448 (to the
+            data's own size if drawn).
         pca: channels kept, all of them where the features have fewer.
         k: clusters of all patches.
         mass: share of the attention that the noisy foreground holds.
@@ -144,7 +148,7 @@ class Unsupervised:
         self,
         *,
         compat: Compat = "standard",
-        size: Positive | None = None,
+        size: Size | None = None,
         pca: Positive = 50,
         k: Positive = 200,
         mass: PositiveFraction = 0.65,
@@ -163,6 +167,7 @@ class Unsupervised:
         engine: Engine = "faiss",
     ) -> None:
         check_engine(engine)
+        check_protocol(compat, size)
         check_method(method)
         if not seeds:
             raise NecoError("seeds=[]: give at least one")
@@ -174,7 +179,7 @@ class Unsupervised:
         self.search, self.seeds = search, seeds
         self.sample, self.iterations, self.restarts, self.engine = sample, iterations, restarts, engine
 
-    def plan(self, patch: int, dataset: Dataset) -> tuple[int, int, list[Sample], list[Sample], list[Any]]:
+    def plan(self, patch: int, dataset: Dataset) -> tuple[tuple[int, int], int, list[Sample], list[Sample], list[Any]]:
         """Size of the input, the background class, the images of train and val, and state of their mask files, if any.
 
         Raises NecoError for everything that can be seen to fail before the first image is read.
@@ -185,7 +190,7 @@ class Unsupervised:
             train = labelled(dataset, "train")
         else:  # labels of train are not wanted
             train = sorted(dataset.samples("train"), key=lambda sample: sample.key)
-        patches = (len(train) + len(val)) * (size // patch) ** 2
+        patches = (len(train) + len(val)) * math.prod(token_grid(size, patch))
         for name, k in (("k", self.k), ("k_community", self.given.k)):
             if k > patches:
                 raise NecoError(f"{name}={k} clusters of {patches} patches: use a smaller {name}")
@@ -275,16 +280,16 @@ class Unsupervised:
     # Steps
 
     def _noisy_foreground(
-        self, backbone: PatchFeatures, dataset: Dataset, own: Sequence[Sample], size: int, extract: Extract
+        self, backbone: PatchFeatures, dataset: Dataset, own: Sequence[Sample], size: Size, extract: Extract
     ) -> np.ndarray:
         """bool (N, h, w) of this process's images."""
-        side = size // backbone.patch
-        front = np.empty((len(own), side, side), bool)
+        h, w = token_grid(size, backbone.patch)
+        front = np.empty((len(own), h, w), bool)
         if self.masks:
             for row, sample in enumerate(own):
                 stored = read_stored(str(self._mask(sample)))
                 pixels = (stored.reshape(*stored.shape[:2], -1) > 0).any(2)
-                shares = Image.fromarray(pixels.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)
+                shares = Image.fromarray(pixels.astype(np.uint8) * 255).resize((w, h), Image.Resampling.BOX)
                 front[row] = np.asarray(shares) >= 128
             return front
         for rows, attention, _ in extract.stream(
@@ -294,7 +299,7 @@ class Unsupervised:
         return front
 
     def _points(
-        self, backbone: PatchFeatures, dataset: Dataset, own: Sequence[Sample], size: int, extract: Extract
+        self, backbone: PatchFeatures, dataset: Dataset, own: Sequence[Sample], size: Size, extract: Extract
     ) -> np.ndarray:
         """Reduced features float32 (N, h, w, d) of this process's images."""
 
@@ -305,14 +310,13 @@ class Unsupervised:
         project = clustering.fit_projection(
             (part for _, part in stream()), backbone.dim, self.pca, extract.place(backbone)
         )
-        side = size // backbone.patch
-        points = np.empty((len(own), side, side, project.axes.shape[1]), np.float32)
+        points = np.empty((len(own), *token_grid(size, backbone.patch), project.axes.shape[1]), np.float32)
         for rows, part in stream():
-            points[rows] = project(part).view(-1, side, side, points.shape[3])
+            points[rows] = project(part).view(-1, *points.shape[1:])
         return points
 
     def _targets(
-        self, dataset: Dataset, own: Sequence[Sample], chosen: np.ndarray, size: int, extract: Extract
+        self, dataset: Dataset, own: Sequence[Sample], chosen: np.ndarray, size: Size, extract: Extract
     ) -> Tensor:
         """Masks at 100 x 100 of the chosen ones of this process's images, uint8: small beside their features."""
         samples = [sample for sample, wanted in zip(own, chosen, strict=True) if wanted]
@@ -416,11 +420,11 @@ class Unsupervised:
                 "val needs one"
             ) from error
 
-    def _protocol(self, size: int, classes: int) -> str:
+    def _protocol(self, size: Size, classes: int) -> str:
         chosen = {"standard": "modules and modularity", "reference": "train mIoU"}[self.compat]
         precisions = self.precisions
         parts = [
-            f"unsupervised/{self.compat}/{size}",
+            f"unsupervised/{self.compat}/{size_name(size)}",
             f"pca={self.pca}",
             f"k={self.k}",
             "given masks" if self.masks else f"mass={self.mass:g}",

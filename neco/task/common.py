@@ -22,7 +22,7 @@ from neco.dataset.base import Dataset, Sample
 from neco.dataset.files import stamp
 from neco.dataset.inspect import inspect
 from neco.errors import NecoError
-from neco.eval.base import Result
+from neco.eval.base import Result, size_name
 from neco.model import last_checkpoint
 from neco.model.weights import Which, locate, weights_hash
 from neco.results import Results
@@ -108,7 +108,7 @@ def check_evaluations(settings: Settings, dataset: Dataset, patch: int) -> str:
         if dataset.listed(split):
             for why in inspect(dataset, split, looks=8, seconds=2).bad.values():
                 raise NecoError(f"{split} of the data set to evaluate on: {why}")
-    return ", ".join(f"{name} ({size} pixels)" for name, size in sizes.items())
+    return ", ".join(f"{name} ({size_name(size)} pixels)" for name, size in sizes.items())
 
 
 def measure(
