@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from neco import config, devices, load_backbone
 from neco.augment.views import view_rng
+from neco.errors import NecoError
+from neco.eval.neighbours import Neighbours
 from neco.training.data import Positions
 from neco.training.module import PostTraining
 
@@ -67,6 +69,22 @@ def steps(variant: str) -> tuple[list[float], list[torch.Tensor]]:
     return found, grads
 
 
+def check_neighbours(rank: int) -> None:
+    """A memory of 5 and 15 entries, searched for 3 and 0 and then 0 and 2 queries, is one of 20."""
+    generator = torch.Generator().manual_seed(0)
+    memory, queries = (torch.randn(rows, 4, generator=generator) for rows in (20, 5))
+    own, asked = slice(5 * rank, 5 + 15 * rank), [queries[:3], queries[3:]]
+    for engine in ("faiss", "torch"):
+        index, whole = (Neighbours(part.contiguous(), engine=engine) for part in (memory[own], memory))
+        for turn, part in enumerate(asked):
+            wanted, found = whole(part, 9), index.together(part if turn == rank else queries[:0], 9)
+            assert len(found[0]) == (len(part) if turn == rank else 0)
+            if turn == rank:
+                torch.testing.assert_close(found, wanted)
+        with pytest.raises(NecoError, match="k=21 nearest of 20 memory entries"):
+            index.together(queries, 21)
+
+
 def work(rank: int, port: str, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     torch.set_num_threads(1)
@@ -76,6 +94,7 @@ def work(rank: int, port: str, folder: str) -> None:
     assert devices.gather_uneven(rows)[:, 0].tolist() == [0, 0, 1]
     assert devices.merge(rank) == [0, 1] and devices.total(torch.tensor([rank, 1])).tolist() == [1, 2]
     assert [*devices.share(range(5))] == ([0, 1] if rank == 0 else [2, 3, 4])
+    check_neighbours(rank)
     torch.save({variant: steps(variant) for variant in VARIANTS}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neco import devices
 from neco.errors import NecoError
 
 Engine = Literal["faiss", "torch"]
@@ -70,6 +71,11 @@ def bank(rows: int, dim: int, dtype: torch.dtype, folder: Path | None = None) ->
     return torch.from_numpy(mapped)
 
 
+def _check_k(k: int, entries: int) -> None:
+    if k > entries:
+        raise NecoError(f"k={k} nearest of {entries} memory entries: use a smaller k or more images")
+
+
 class Neighbours:
     """The `k` entries of a memory with the largest inner product with each query.
 
@@ -114,8 +120,7 @@ class Neighbours:
         Raises:
             NecoError: the memory has fewer than `k` entries.
         """
-        if k > len(self.memory):
-            raise NecoError(f"k={k} nearest of {len(self.memory)} memory entries: use a smaller k or more images")
+        _check_k(k, len(self.memory))
         if self.index is not None:
             values, places = self.index.search(queries.float().cpu().contiguous().numpy(), k)
             return torch.from_numpy(values), torch.from_numpy(places).long()
@@ -123,6 +128,33 @@ class Neighbours:
         with full_precision():
             parts = [self._search(part, k) for part in queries.float().to(self.device).split(max(1, size))]
         return torch.cat([s for s, _ in parts]), torch.cat([i for _, i in parts])
+
+    def together(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The same in the memories of all processes joined, in their order; each asks for queries of its own.
+
+        All processes call this equally often, also those that have no more queries. An answer takes as many
+        similarities from every process as there are of it, at most k.
+
+        Raises:
+            NecoError: they have fewer than `k` entries altogether.
+        """
+        if devices.world() == 1:
+            return self(queries, k)
+        sizes, asked = devices.merge((len(self.memory), len(queries))), devices.gather_uneven(queries.float())
+        _check_k(k, sum(entries for entries, _ in sizes))
+        before = [sum(size[i] for size in sizes[: devices.rank()]) for i in range(2)]
+        values = torch.full((len(asked), k), -torch.inf, device=self.device)
+        places = torch.full((len(asked), k), -1, device=self.device)
+        if few := min(k, len(self.memory)) if len(asked) else 0:
+            values[:, :few], places[:, :few] = self(asked, few)
+            places[places >= 0] += before[0]
+        own = slice(before[1], before[1] + len(queries))
+        values, places = (
+            devices.gather_uneven(part).view(-1, len(asked), k)[:, own].transpose(0, 1).flatten(1)
+            for part in (values, places)
+        )
+        values, order = values.topk(k)
+        return values, places.gather(1, order)
 
     def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values = queries.new_empty(len(queries), 0)
@@ -157,7 +189,9 @@ class Neighbours:
         if gpus:
             options = faiss.GpuMultipleClonerOptions()
             options.shard, options.useFloat16 = True, half
-            index = faiss.index_cpu_to_all_gpus(index, co=options)
+            # a process among several has a GPU and a part of the memory of its own
+            own = [torch.cuda.current_device()] if devices.world() > 1 else None
+            index = faiss.index_cpu_to_gpus_list(index, co=options, gpus=own)
         for start in range(0, rows, ENTRIES):
             index.add(self.memory[start : start + ENTRIES].float().numpy())
         return index

@@ -173,16 +173,17 @@ class Retrieval:
         extract, classes = extract or Extract(), len(dataset.classes)
         size, share, train, val = self.plan(backbone.patch, dataset)
         memory, labels = self._remember(backbone, dataset, train, size, share, extract, seed)
-        index = Neighbours(
-            memory, engine=self.engine, device=extract.place(backbone), cells=self.cells, probes=self.probes
-        )
-        labels = labels.to(index.device)
+        cells = -(-self.cells // devices.world())  # of each process's part
+        index = Neighbours(memory, engine=self.engine, device=extract.place(backbone), cells=cells, probes=self.probes)
+        labels = devices.gather_uneven(labels).to(index.device)
         matrices = {k: torch.zeros(classes, classes, dtype=torch.long) for k in self.ks}
         own = devices.share(val)
+        batches = max(devices.merge(-(-len(own) // extract.batch_size)))  # of the process that has most
         for _, features, masks in extract.stream(backbone, dataset, own, size, **self._reading, what="val"):
             side = features.shape[1:3]
             # The whole batch at once: faiss is 8 times slower at a few hundred queries than at a thousand.
-            near, where = index(F.normalize(features.flatten(0, 2), dim=1), self.ks[-1])
+            near, where = index.together(F.normalize(features.flatten(0, 2), dim=1), self.ks[-1])
+            batches -= 1
             for mask, cosines, places in zip(masks, near.split(side.numel()), where.split(side.numel()), strict=True):
                 found = labels[places].float() / backbone.patch**2
                 for k, matrix in matrices.items():
@@ -190,6 +191,8 @@ class Retrieval:
                     shares = shares.T.reshape(1, classes, *side)
                     predicted = F.interpolate(shares, size=size, mode="bilinear").argmax(1)[0].cpu()
                     matrix += metrics.confusion(predicted, mask, classes, classes)
+        for _ in range(batches):
+            index.together(torch.empty(0, backbone.dim), self.ks[-1])
         matrices = {k: devices.total(matrix) for k, matrix in matrices.items()}
         if self.compat == "reference":
             matrices = {k: metrics.remap(matrix, metrics.match_one_to_one(matrix)) for k, matrix in matrices.items()}
@@ -198,7 +201,7 @@ class Retrieval:
             {f"miou_k{k}": metrics.miou(matrix, self.compat) for k, matrix in matrices.items()},
             {
                 f"miou_k{k}": {
-                    "memory": len(memory),
+                    "memory": len(labels),
                     "iou": metrics.by_class(metrics.class_iou(matrix), dataset.classes),
                 }
                 for k, matrix in matrices.items()
@@ -222,7 +225,7 @@ class Retrieval:
         extract: Extract,
         seed: int,
     ) -> tuple[Tensor, Tensor]:
-        """Normalised features (M, D) and pixels of each class (M, C) of the memory, allocated once in each process."""
+        """Normalised features (M, D) and pixels of each class (M, C) of this process's part of the memory."""
         samples = devices.share(samples)
         room, pixels = len(samples) * self.passes * share, backbone.patch**2
         memory = bank(room, backbone.dim, getattr(torch, self.storage), self.bank_dir)
@@ -246,7 +249,7 @@ class Retrieval:
                 for store, values in ((memory, F.normalize(features, dim=3)), (labels, (soft * pixels).round())):
                     store[filled : filled + len(image)] = values.flatten(1, 2)[image, best.indices[kept]]
                 filled += len(image)
-        return devices.gather_uneven(memory[:filled]), devices.gather_uneven(labels[:filled])
+        return memory[:filled], labels[:filled]
 
     def _protocol(self, size: Size) -> str:
         parts = [
