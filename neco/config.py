@@ -111,7 +111,8 @@ class Run:
     weights: Literal["auto", "student", "teacher", "none"]
     device: Literal["auto", "cpu", "cuda"]
     debug: bool
-    show: NonNegative = 0
+    show: NonNegative
+    compare: str | None = None
 
 
 SPINE: dict[str, type] = {"train": Train, "optim": Optim}

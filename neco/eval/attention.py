@@ -14,6 +14,7 @@ from neco import devices
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.errors import NecoError
 from neco.eval.base import Extract, PatchFeatures, Result, background_of, input_size, labelled, size_name
+from neco.eval.pictures import glow_over, shown
 from neco.model.backbone import Attention as CLSAttention
 from neco.model.mask import foreground, heaviest
 from neco.values import PositiveFraction, Size
@@ -66,9 +67,9 @@ class Attention:
         return ["jaccard", "jaccard_best_head"]
 
     def __call__(
-        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
+        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0, show: int = 0
     ) -> Result:
-        """Evaluate `backbone`; nothing is random.
+        """Evaluate `backbone`; nothing is random. `show`: so many images are drawn with their attention.
 
         Returns: metrics `jaccard`, of the mean of all heads, and `jaccard_best_head`, of the head that is best for each
         image (the ground truth says which); details: the same over all pixels at once, and the mean for each head.
@@ -89,6 +90,12 @@ class Attention:
         inside, union = devices.gather_uneven(counts.transpose(0, 1)).unbind(1)  # (N, 1 + heads) each
         if not len(union):
             raise NecoError(f"none of {len(samples)} images shows anything but background: there is nothing to find")
+        drawn = []
+        for rows, attention, masks in extract.stream(attend, dataset, some := shown(samples, show), size, keep=False):
+            heads = attention.permute(0, 3, 1, 2)
+            for sample, maps, kept, mask in zip(some[rows], heads, self._choose(heads), masks, strict=True):
+                both, either = (float(part) for part in overlap(kept[None], mask[None], background))
+                drawn.append(glow_over(sample, maps.mean(0), kept, "attention", f"Jaccard {both / max(1, either):.2f}"))
         scores = inside / union
         pixels = inside.sum(0) / union.sum(0)
         return Result(
@@ -98,6 +105,7 @@ class Attention:
                 "jaccard": {"images": len(scores), "over_pixels": float(pixels[0])},
                 "jaccard_best_head": {"heads": scores[:, 1:].mean(0).tolist(), "over_pixels": pixels[1:].tolist()},
             },
+            pictures=drawn,
         )
 
     def _protocol(self, size: Size) -> str:

@@ -27,6 +27,7 @@ from neco.errors import NecoError
 from neco.eval.cache import Cache, Entry, Spec
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import full_precision
+from neco.eval.pictures import Picture
 from neco.model.weights import weights_hash
 from neco.progress import track
 from neco.values import MEAN, STD, NonNegative, Positive, PositiveFloat, Size, sides
@@ -54,6 +55,7 @@ class Result:
         details: what is behind each, ready for JSON, like {"miou_k30": {"iou": {"sky": 0.9, ...}}}.
         tensors: what was trained, on the CPU, if anything was: a file of its own in the run folder.
         about: what is to be known of the tensors, in that file's header.
+        pictures: what is to be seen of `show` images.
     """
 
     protocol: str
@@ -61,6 +63,7 @@ class Result:
     details: dict[str, Any]
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     about: Mapping[str, str] = field(default_factory=dict)
+    pictures: Sequence[Picture] = field(default=(), compare=False)
 
 
 def input_size(given: int | Sequence[int] | None, published: int, patch: int, dataset: Dataset) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -40,6 +40,7 @@ from neco.eval.base import (
 )
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import full_precision
+from neco.eval.pictures import Picture, predictions, shown
 from neco.model.weights import weights_hash
 from neco.progress import track
 from neco.values import NonNegative, Positive, PositiveFloat, Size, sides
@@ -234,6 +235,22 @@ def _hash(backbone: PatchFeatures) -> str:
     return weights_hash(backbone) if isinstance(backbone, nn.Module) else ""
 
 
+def _draw(
+    head: Head,
+    matrix: Tensor,
+    dataset: Dataset,
+    samples: list[Sample],
+    read: Callable[..., Iterable[tuple[slice, Tensor, Tensor]]],
+    device: torch.device,
+) -> list[Picture]:
+    """What the head says of each of the samples, and what it mixes up."""
+    predicted: list[Tensor] = []
+    for _, tokens, masks in read(samples=samples, keep=False, what="what is shown"):
+        with torch.autocast(device.type, enabled=False), full_precision(), torch.no_grad():
+            predicted += head(tokens.to(device), tuple(masks.shape[1:])).argmax(1).cpu()
+    return predictions(dataset, samples, predicted, matrix)
+
+
 def _iou(matrix: Tensor, dataset: Dataset) -> dict[str, float | None]:
     return metrics.by_class(metrics.class_iou(matrix), dataset.classes)
 
@@ -332,9 +349,10 @@ class Linear:
         return ["miou"] + [f"miou_lr{lr:g}" for lr in self.lrs] * (len(self.lrs) > 1 and not self.head)
 
     def __call__(
-        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
+        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0, show: int = 0
     ) -> Result:
-        """Evaluate `backbone`; `seed` is that of the head's start, crops, flips and the order of images.
+        """Evaluate `backbone`; `seed` is that of the head's start, crops, flips and the order of images;
+        `show`: so many images are drawn with what is predicted.
 
         Returns: metric `miou`, with several learning rates `miou_lr<lr>` of each; for a saved head `miou`, `miou_100`
         and `miou_<size>`. The details hold the IoU of each class, the epoch of the head and the losses. The head behind
@@ -342,7 +360,7 @@ class Linear:
         """
         extract = extract or Extract()
         if self.head:
-            return self._score_saved(self.head, backbone, dataset, extract)
+            return self._score_saved(self.head, backbone, dataset, extract, show)
         size, train, holdout, val, _ = self.plan(backbone.patch, dataset)
         device, read = extract.place(backbone), partial(extract.stream, backbone, dataset, size=size)
         own = self._pixels(size)
@@ -386,9 +404,10 @@ class Linear:
             },
             {key: value.cpu() for key, value in head.state_dict().items()},
             about,
+            _draw(head, matrices[best[chosen], own], dataset, shown(val, show), read, device),
         )
 
-    def _score_saved(self, path: str, backbone: PatchFeatures, dataset: Dataset, extract: Extract) -> Result:
+    def _score_saved(self, path: str, backbone: PatchFeatures, dataset: Dataset, extract: Extract, show: int) -> Result:
         size, _, _, val, digest = self.plan(backbone.patch, dataset)
         head, about, _ = load_head(path)
         if int(about["dim"]) != backbone.dim:
@@ -397,7 +416,8 @@ class Linear:
         if other := about["weights"] != (weights := _hash(backbone)):
             log.warning("head=%s was trained on weights %s, these are %s", path, about["weights"], weights)
         device, own = extract.place(backbone), self._pixels(size)
-        stream = extract.stream(backbone, dataset, devices.share(val), size, what="val")
+        read = partial(extract.stream, backbone, dataset, size=size)
+        stream = read(samples=devices.share(val), what="val")
         found = score({path: head.to(device)}, stream, [*dict.fromkeys(((GRID, GRID), size))], device)
         scores = {f"miou_{size_name(at)}": self._miou(matrix) for (_, at), matrix in found.items()}
         parts = [f"linear_head/{self.compat}/{size_name(size)}", f"at={size_name(own)}", f"head={digest}"] + [
@@ -408,6 +428,7 @@ class Linear:
             {"miou": scores[f"miou_{size_name(own)}"], **scores},
             {f"miou_{size_name(at)}": {"iou": _iou(matrix, dataset)} for (_, at), matrix in found.items()}
             | {"head": about},
+            pictures=_draw(head, found[path, own], dataset, shown(val, show), read, device),
         )
 
     def _pixels(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -6,11 +6,13 @@ which NeCo reports too.
 Shapes: N images, h w patches, D channels, K clusters, C classes.
 """
 
+from collections.abc import Mapping, Sequence
 from math import prod
 from statistics import fmean, stdev
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from neco import devices
 from neco.dataset.base import Dataset, Sample
@@ -29,6 +31,7 @@ from neco.eval.base import (
 )
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import Engine, check_engine
+from neco.eval.pictures import Picture, labels_over, predictions, shown
 from neco.progress import track
 from neco.values import NonNegative, Positive, Size
 
@@ -107,9 +110,11 @@ class Overcluster:
         return [f"miou_k{k}" for k in (self.k if isinstance(self.k, list) else [self.k or len(dataset.classes)])]
 
     def __call__(
-        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
+        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0, show: int = 0
     ) -> Result:
         """Evaluate `backbone`. `seed`, part of every evaluation, changes nothing: the protocol's own are `seeds`.
+
+        `show`: so many images are drawn with clusters and predictions of the first seed.
 
         Returns: metrics `miou_k<k>`, the mean over seeds; details: standard deviation (of the sample), the number for
         each seed, the matching, and the mean IoU of each class.
@@ -130,6 +135,7 @@ class Overcluster:
         del features
         runs = [(k, seed) for k in ks for seed in self.seeds]
         matrices = {(k, seed): torch.zeros(k, classes, dtype=torch.long) for k, seed in runs}
+        pictures: list[Picture] = []
         maps = {}  # with several processes, each has its part of the k-means runs
         for k, seed in track(devices.share(runs), "k-means"):
             index = self._cluster(points, k, seed, device)
@@ -146,13 +152,34 @@ class Overcluster:
             scores = [metrics.miou(matrix, self.compat) for matrix in matched]
             iou = torch.stack([metrics.class_iou(matrix) for matrix in matched]).nanmean(0)
             found[f"miou_k{k}"] = fmean(scores)
+            if show:
+                pictures += self._draw(dataset, samples, k, maps, match(matrices[k, self.seeds[0]]), matched[0], show)
             details[f"miou_k{k}"] = {
                 "std": stdev(scores) if len(scores) > 1 else None,
                 "seeds": dict(zip(self.seeds, scores, strict=True)),
                 "matching": match.__name__.removeprefix("match_"),
                 "iou": metrics.by_class(iou, dataset.classes),
             }
-        return Result(self._protocol(size, ks), found, details)
+        pictures = [picture for part in devices.merge(pictures) for picture in part]
+        return Result(self._protocol(size, ks), found, details, pictures=pictures)
+
+    def _draw(
+        self,
+        dataset: Dataset,
+        samples: Sequence[Sample],
+        k: int,
+        maps: Mapping[tuple[int, int], Tensor],
+        mapping: Tensor,
+        matrix: Tensor,
+        show: int,
+    ) -> list[Picture]:
+        """The clusters of the first seed over images and, by the class they were matched to, as a prediction."""
+        if (clusters := maps.get((k, self.seeds[0]))) is None:  # another process has it
+            return []
+        rows, some = zip(*shown([*enumerate(samples)], show), strict=True)
+        clusters = clusters[[*rows]].long()
+        drawn = [labels_over(sample, part, k, f"{k} clusters") for sample, part in zip(some, clusters, strict=True)]
+        return drawn + predictions(dataset, some, mapping[clusters], matrix, f", k={k}")
 
     def _cluster(self, points: np.ndarray, k: int, seed: int, device: torch.device) -> np.ndarray:
         clusters = clustering.kmeans(

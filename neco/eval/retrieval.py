@@ -7,7 +7,7 @@ Shapes: B images, H W pixels, h w patches, p pixels of a patch, D channels, M me
 k neighbours, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from neco import devices
-from neco.dataset.base import IGNORE, Dataset, Sample
+from neco.dataset.base import IGNORE, Dataset, Sample, read_image
 from neco.errors import NecoError
 from neco.eval import metrics
 from neco.eval.base import (
@@ -35,9 +36,11 @@ from neco.eval.base import (
 )
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import LEAST, Engine, Neighbours, bank, check_engine
+from neco.eval.pictures import Picture, patch_view, predictions, shown, strip
 from neco.values import STD, NonNegative, Positive, PositiveFloat, Size
 
 SIZE = 512  # published
+NEAREST = 7  # that are shown
 REFERENCE_STD = (0.229, 0.224, 0.255)  # a slip of the published code that its numbers depend on
 
 
@@ -73,6 +76,20 @@ def vote(similarities: Tensor, labels: Tensor, temperature: float = 0.02) -> Ten
     """Mean of the neighbours' labels, weighted by softmax(cosine / temperature): (Q, k), (Q, k, C) -> (Q, C)."""
     weights = (similarities / temperature).softmax(1)
     return (weights[:, None] @ labels)[:, 0]
+
+
+def typical(labels: Tensor, count: int = 2) -> list[int]:
+    """A patch for each of the `count` largest classes of an image: of those that are mostly it, the innermost.
+
+    Soft labels (h, w, C) -> places in h w. Innermost is what is nearest to their mean place.
+    """
+    found = []
+    for one in labels.sum((0, 1)).argsort(descending=True, stable=True)[:count].tolist():
+        inside = (labels[..., one] > 0.5).nonzero()
+        if len(inside):
+            middle = (inside - inside.float().mean(0)).square().sum(1).argmin()
+            found.append(int(inside[middle] @ torch.tensor([labels.shape[1], 1])))
+    return found
 
 
 class Retrieval:
@@ -164,38 +181,61 @@ class Retrieval:
         return [f"miou_k{k}" for k in self.ks]
 
     def __call__(
-        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
+        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0, show: int = 0
     ) -> Result:
-        """Evaluate `backbone`; `seed` is that of crops, jitter and the choice of memory entries.
+        """Evaluate `backbone`; `seed` is that of crops, jitter and the choice of memory entries. `show`: so many images
+        are drawn with what is predicted, and patches of them with their nearest in the memory.
 
         Returns: metrics `miou_k<k>`, with the IoU of each class in the details.
         """
         extract, classes = extract or Extract(), len(dataset.classes)
         size, share, train, val = self.plan(backbone.patch, dataset)
-        memory, labels = self._remember(backbone, dataset, train, size, share, extract, seed)
+        memory, labels, sources = self._remember(backbone, dataset, train, size, share, extract, seed, bool(show))
         cells = -(-self.cells // devices.world())  # of each process's part
         index = Neighbours(memory, engine=self.engine, device=extract.place(backbone), cells=cells, probes=self.probes)
         labels = devices.gather_uneven(labels).to(index.device)
         matrices = {k: torch.zeros(classes, classes, dtype=torch.long) for k in self.ks}
         own = devices.share(val)
         batches = max(devices.merge(-(-len(own) // extract.batch_size)))  # of the process that has most
-        for _, features, masks in extract.stream(backbone, dataset, own, size, **self._reading, what="val"):
+
+        def answers(features: Tensor) -> Iterator[tuple[dict[int, Tensor], Tensor, Tensor]]:
+            """Of each image classes (H, W) by k, similarities (h w, k) and entries (h w, k)."""
             side = features.shape[1:3]
             # The whole batch at once: faiss is 8 times slower at a few hundred queries than at a thousand.
             near, where = index.together(F.normalize(features.flatten(0, 2), dim=1), self.ks[-1])
+            for cosines, places in zip(near.split(side.numel()), where.split(side.numel()), strict=True):
+                found, predicted = labels[places].float() / backbone.patch**2, {}
+                for k in self.ks:
+                    shares = vote(cosines[:, :k], found[:, :k], self.temperature).T.reshape(1, classes, *side)
+                    predicted[k] = F.interpolate(shares, size=size, mode="bilinear").argmax(1)[0].cpu()
+                yield predicted, cosines, places
+
+        for _, features, masks in extract.stream(backbone, dataset, own, size, **self._reading, what="val"):
             batches -= 1
-            for mask, cosines, places in zip(masks, near.split(side.numel()), where.split(side.numel()), strict=True):
-                found = labels[places].float() / backbone.patch**2
+            for mask, (predicted, _, _) in zip(masks, answers(features), strict=True):
                 for k, matrix in matrices.items():
-                    shares = vote(cosines[:, :k], found[:, :k], self.temperature)
-                    shares = shares.T.reshape(1, classes, *side)
-                    predicted = F.interpolate(shares, size=size, mode="bilinear").argmax(1)[0].cpu()
-                    matrix += metrics.confusion(predicted, mask, classes, classes)
+                    matrix += metrics.confusion(predicted[k], mask, classes, classes)
         for _ in range(batches):
             index.together(torch.empty(0, backbone.dim), self.ks[-1])
         matrices = {k: devices.total(matrix) for k, matrix in matrices.items()}
         if self.compat == "reference":
             matrices = {k: metrics.remap(matrix, metrics.match_one_to_one(matrix)) for k, matrix in matrices.items()}
+        drawn: list[Picture] = []
+        seen: dict[int, list[Tensor]] = {k: [] for k in self.ks}
+        some = shown(val, show)
+        for rows, features, masks in extract.stream(backbone, dataset, some, size, **self._reading, keep=False):
+            for sample, mask, (predicted, cosines, places) in zip(some[rows], masks, answers(features), strict=True):
+                soft = soft_labels(mask[None], backbone.patch, classes, self.compat)[0]
+                for k in self.ks:
+                    seen[k].append(predicted[k])
+                for patch in typical(soft):
+                    near, at = (part[patch, :NEAREST].cpu() for part in (cosines, places))
+                    views = [patch_view(Image.fromarray(read_image(sample.image)), patch, soft.shape[:2])]
+                    views += [self._view(train, source, soft.shape[:2], size, seed) for source in sources[at].tolist()]
+                    caption = "a patch and its nearest in train, cosine " + ", ".join(f"{c:.2f}" for c in near.tolist())
+                    drawn.append(Picture("nearest patches", strip(views), sample.key, caption))
+        for k in self.ks:
+            drawn += predictions(dataset, some, seen[k], matrices[k], f", k={k}")
         return Result(
             self._protocol(size),
             {f"miou_k{k}": metrics.miou(matrix, self.compat) for k, matrix in matrices.items()},
@@ -206,7 +246,21 @@ class Retrieval:
                 }
                 for k, matrix in matrices.items()
             },
+            pictures=drawn,
         )
+
+    def _draw(self, size: tuple[int, int], seed: int, turn: int) -> Draw | None:
+        """What is drawn for each memory image of a pass."""
+        scale = (0.5, 2.0) if self.compat == "reference" else (0.5, 1.0)
+        return Draw(scale, seed, turn, aspect=size[1] / size[0]) if self.augment == "published" else None
+
+    def _view(
+        self, train: Sequence[Sample], source: list[int], grid: Sequence[int], size: tuple[int, int], seed: int
+    ) -> Image.Image:
+        """A memory entry as it lies in its image."""
+        turn, row, patch = source
+        image, draw = Image.fromarray(read_image(train[row].image)), self._draw(size, seed, turn)
+        return patch_view(draw.cut(train[row].key, image) if draw else image, patch, grid)
 
     @property
     def _reading(self) -> dict[str, Any]:
@@ -224,16 +278,20 @@ class Retrieval:
         share: int,
         extract: Extract,
         seed: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Normalised features (M, D) and pixels of each class (M, C) of this process's part of the memory."""
-        samples = devices.share(samples)
+        traced: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised features (M, D) and pixels of each class (M, C) of this process's part of the memory.
+
+        Traced, also where each entry of the whole memory is from, (M, 3): pass, number of the image, of the patch.
+        """
+        first, samples = len(samples) * devices.rank() // devices.world(), devices.share(samples)
         room, pixels = len(samples) * self.passes * share, backbone.patch**2
         memory = bank(room, backbone.dim, getattr(torch, self.storage), self.bank_dir)
         labels = torch.empty(room, len(dataset.classes), dtype=torch.uint8 if pixels < 256 else torch.int16)
+        sources = torch.empty(room if traced else 0, 3, dtype=torch.int32)
         filled = 0
-        scale = (0.5, 2.0) if self.compat == "reference" else (0.5, 1.0)
         for turn in range(self.passes):
-            draw = Draw(scale, seed, turn, aspect=size[1] / size[0]) if self.augment == "published" else None
+            draw = self._draw(size, seed, turn)
             what = f"train, pass {turn + 1} of {self.passes}"
             for rows, features, masks in extract.stream(
                 backbone, dataset, samples, size, **self._reading, draw=draw, what=what
@@ -248,8 +306,11 @@ class Retrieval:
                 image = torch.arange(len(soft))[:, None].expand_as(kept)[kept]
                 for store, values in ((memory, F.normalize(features, dim=3)), (labels, (soft * pixels).round())):
                     store[filled : filled + len(image)] = values.flatten(1, 2)[image, best.indices[kept]]
+                if traced:
+                    place = torch.full_like(image, turn), first + rows.start + image, best.indices[kept]
+                    sources[filled : filled + len(image)] = torch.stack(place, 1).int()
                 filled += len(image)
-        return memory[:filled], labels[:filled]
+        return memory[:filled], labels[:filled], devices.gather_uneven(sources[:filled])
 
     def _protocol(self, size: Size) -> str:
         parts = [

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from neco import devices
-from neco.dataset.base import Dataset, Sample, read_stored
+from neco.dataset.base import IGNORE, Dataset, Sample, read_stored
 from neco.dataset.files import stamp
 from neco.errors import NecoError
 from neco.eval import clustering, metrics
@@ -49,6 +49,7 @@ from neco.eval.communities import (
 )
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import Engine, check_engine
+from neco.eval.pictures import Picture, labels_over, predictions, shown
 from neco.model.backbone import Attention
 from neco.model.mask import foreground
 from neco.progress import track
@@ -201,9 +202,10 @@ class Unsupervised:
         return ["miou", "foreground_iou", f"miou_k{len(dataset.classes) - 1}"]
 
     def __call__(
-        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0
+        self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0, show: int = 0
     ) -> Result:
-        """Evaluate `backbone`; `seed` is that of k-means and of the search.
+        """Evaluate `backbone`; `seed` is that of k-means and of the search. `show`: so many images of val are
+        drawn with the foreground, the communities of the first seed, and what these say.
 
         Returns: metrics `miou`, the mean over `seeds`; `foreground_iou` of step 1 alone; `miou_k<C - 1>`, of k-means
         of the foreground into that many clusters instead of steps 2 to 4. Details: standard deviation (of the sample)
@@ -275,7 +277,35 @@ class Unsupervised:
                 "foreground_iou": {"precision": least, "clusters": int((precision >= least).sum())},
                 f"miou_k{classes - 1}": {"iou": metrics.by_class(metrics.class_iou(plain), dataset.classes)},
             },
+            pictures=self._draw(
+                dataset, val, own, in_val, kept, best, score(best.maps, best.nodes, "val"), background, show
+            ),
         )
+
+    def _draw(
+        self,
+        dataset: Dataset,
+        val: Sequence[Sample],
+        own: Sequence[Sample],
+        in_val: np.ndarray,
+        kept: np.ndarray,
+        found: Found,
+        matrix: Tensor,
+        background: int,
+        show: int,
+    ) -> list[Picture]:
+        wanted, module = {sample.key for sample in shown(val, show)}, torch.from_numpy(found.partitions[0].module)
+        rows = [row for row, sample in enumerate(own) if in_val[row] and sample.key in wanted]
+        some, joined = [own[row] for row in rows], _joined(matrix, module)
+        parts = module[torch.from_numpy(found.maps[rows]).long()]
+        labels = metrics.match_one_to_one(joined, background)[parts]
+        drawn = []
+        for sample, front, part in zip(some, kept[rows], parts, strict=True):
+            drawn.append(labels_over(sample, np.where(front, 1, IGNORE), 2, "foreground"))
+            drawn.append(labels_over(sample, part, len(joined), "communities"))
+        drawn += predictions(dataset, some, labels, _matched(matrix, found.partitions[0], background))
+        everything = [picture for part in devices.merge(drawn) for picture in part]
+        return [*{(picture.kind, picture.key): picture for picture in everything}.values()]
 
     # Steps
 
@@ -459,6 +489,10 @@ def _foreground_iou(matrix: Tensor, kept: Tensor, background: int) -> float:
 
 def _matched(matrix: Tensor, partition: Partition, background: int) -> Tensor:
     """Confusion matrix (C, C) after the nodes (K, C) became communities and these the classes that fit them best."""
-    module = torch.from_numpy(partition.module)
-    joined = matrix.new_zeros(int(module.max()) + 1, matrix.shape[1]).index_add_(0, module, matrix)
+    joined = _joined(matrix, torch.from_numpy(partition.module))
     return metrics.remap(joined, metrics.match_one_to_one(joined, background))
+
+
+def _joined(matrix: Tensor, module: Tensor) -> Tensor:
+    """Rows of (K, C) added up by community."""
+    return matrix.new_zeros(int(module.max()) + 1, matrix.shape[1]).index_add_(0, module, matrix)

@@ -11,18 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import timm
 import torch
 from torch import nn
 
-from neco import devices
+from neco import devices, gallery
 from neco.config import Settings, Train, build, call
 from neco.dataset.base import Dataset, Sample
 from neco.dataset.files import stamp
 from neco.dataset.inspect import inspect
 from neco.errors import NecoError
-from neco.eval.base import Result, size_name
+from neco.eval.base import Result, input_size, size_name
+from neco.eval.pictures import shown
 from neco.model import last_checkpoint
 from neco.model.weights import Which, locate, weights_hash
 from neco.results import Results
@@ -131,13 +133,15 @@ def measure(
     evaluations = settings.build_all("eval")
     node = settings.config["val_dataset" if settings.config.get("val_dataset") else "dataset"]
     node = {key: value for key, value in node.items() if key not in ("root", "masks", "index", "weight", "max_bad")}
-    first = next(iter(networks.values()))  # the others differ in their weights alone
+    first: Any = next(iter(networks.values()))  # the others differ in their weights alone
     asked = {}
     for name, evaluation in evaluations.items():
         plan = evaluation.plan(patch=first.patch, dataset=dataset)
         plan = [[*map(_state, part)] if isinstance(part, list) else part for part in plan]
         depends = settings.config["eval"][name], node, plan, settings.run.seed, getattr(first, "spec", None)
         asked[name] = hashlib.sha256(repr(depends).encode()).hexdigest()[:12]
+    show, run = settings.run.show, store.path.parent
+    some = shown(sorted(dataset.samples("val"), key=lambda sample: sample.key), show)
     found = []
     done: dict[tuple[str, str], dict[str, Any]] = {}
     with torch.random.fork_rng():
@@ -145,15 +149,19 @@ def measure(
             digest = weights_hash(backbone)
             for name, evaluation in evaluations.items():
                 key = {"evaluation": name, "weights": digest, "asked": asked[name]}
-                record: Any = store.find(step=step, network=network, **key) or done.get((digest, name))
-                if record is None:
+                record: Any = done.get((digest, name)) or store.find(step=step, network=network, **key)
+                if record is None or (show and record.get("show") != show):
                     log.info("evaluating: %s of the %s on %s", name, network, dataset_name)
                     result, cost = _run(evaluation, backbone, dataset, settings, device)
+                    folder = f"{name}-{network}-{step}-{asked[name]}"
                     record = {"protocol": result.protocol, "metrics": result.metrics, "details": result.details, **cost}
                     if result.tensors:
-                        record["saved"] = f"heads/{name}-{network}-{step}-{asked[name]}.safetensors"
+                        record["saved"] = f"heads/{folder}.safetensors"
                         if store.writes:
                             save(result, store.path.with_name("heads") / Path(record["saved"]).name)
+                    if show:
+                        record["show"] = show
+                        record["pictures"] = gallery.save(result.pictures, run, folder) if store.writes else []
                     place = {"dataset": dataset_name, "split": "val", "step": step, "epoch": epoch}
                     record = {**key, **place, "seed": settings.run.seed, **record}
                     numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in record["metrics"].items())
@@ -164,6 +172,13 @@ def measure(
                 for logger in loggers:
                     metrics = {f"eval/{name}/{network}/{key}": value for key, value in record["metrics"].items()}
                     logger.log_metrics(metrics, step)
+            if show:
+                extract, size = settings.build("extract", device=device), input_size(None, 448, first.patch, dataset)
+                features = torch.from_numpy(np.array(extract(backbone, dataset, some, size, what="what is shown")))
+                if store.writes:
+                    gallery.save_features(features, some, run, f"{network}-{step}", digest)
+    if show and store.writes:
+        log.info("pictures    %s", gallery.write(run, store.records, dataset, some))
     return found
 
 
@@ -179,7 +194,8 @@ def _run(
 ) -> tuple[Result, dict[str, float]]:
     memory.reset_peak(device)
     start = time.monotonic()
-    result = evaluation(backbone, dataset, extract=settings.build("extract", device=device), seed=settings.run.seed)
+    how = {"extract": settings.build("extract", device=device), "seed": settings.run.seed, "show": settings.run.show}
+    result = evaluation(backbone, dataset, **how)
     seconds, peak = time.monotonic() - start, memory.peak(device) / memory.GB
     return result, {"seconds": round(seconds, 2), "peak_memory_gb": round(peak, 3)}
 

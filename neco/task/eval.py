@@ -2,14 +2,14 @@
 
 import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from neco import devices, results
-from neco.config import Settings, build
+from neco.config import Settings, build, call
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
 from neco.model import trained_model, weights
@@ -26,6 +26,7 @@ class Job:
     model: dict[str, Any]
     source: str | None
     which: weights.Which
+    beside: str | None
     device: torch.device
     chosen: str
 
@@ -34,6 +35,10 @@ def prepare(settings: Settings) -> Job:
     """Cross-check the configuration and list the files. Raises NecoError for whatever would fail later."""
     device = choose_device(settings.run.device)
     source, which = source_of_weights(settings)
+    beside = settings.run.compare
+    if beside not in (None, "own"):
+        other = replace(settings, run=replace(settings.run, checkpoint=beside, weights="auto"))
+        beside, _ = call(source_of_weights, "compare", settings=other)
     model = settings.config["model"]
     if (trained := trained_model(source)) and not settings.chosen("model"):
         model = trained
@@ -44,7 +49,7 @@ def prepare(settings: Settings) -> Job:
     if not dataset.classes:
         raise NecoError(f"dataset={settings.choices['dataset']} has no labels, so nothing can be evaluated on it")
     chosen = check_evaluations(settings, dataset, network.patch)
-    return Job(dataset, model, source, which, device, chosen)
+    return Job(dataset, model, source, which, beside, device, chosen)
 
 
 def main(settings: Settings, job: Job, output: Path) -> float | None:
@@ -65,6 +70,10 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
         network = {"only": "backbone"}.get(report.which, report.which)
         name = settings.choices["dataset"]
         networks = {network: backbone.to(job.device)}
+        if job.beside:
+            other = build(job.model, "model")
+            log.info("compared    %s", weights.load(other, None if job.beside == "own" else job.beside))
+            networks = {"compared": other.to(job.device), **networks}
         found = measure(settings, store, networks, job.dataset, name, job.device, loggers=loggers.values())
         for logger in loggers.values():
             logger.finalize("success")
