@@ -43,7 +43,7 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 bench: $(INSTALLED) ## side-by-side speed and memory of the hot paths
 	$(BIN)/python scripts/bench_loss.py
 	$(BIN)/python scripts/bench_views.py
-	$(BIN)/python scripts/bench_matching.py
+	$(BIN)/python scripts/bench_eval.py all
 	$(BIN)/python scripts/bench_data.py read
 
 clean: ## remove what tests and builds left (never runs/ or data/)

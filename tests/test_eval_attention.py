@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from eval_support import Conv, Files, Noise, noisy
+from eval_support import Conv, Files, Noise, noisy, reorder
 from PIL import Image
 from test_model_mask import slow
 
@@ -118,7 +118,7 @@ def test_batch_size_workers_order_and_cache_change_nothing(dataset: Files, tmp_p
     first = Attention(size=64)(backbone, dataset, extract=kept)
     assert Attention(size=64)(backbone, dataset, extract=kept) == first
     assert len([*(tmp_path / "cache").iterdir()]) == 1 and len(first.details["jaccard_best_head"]["heads"]) == 3
-    dataset.rows["val"].reverse()
+    reorder(dataset, "val")
     other = Attention(size=64)(backbone, dataset, extract=Extract(batch_size=1, workers=1))
     assert other.metrics == pytest.approx(first.metrics, abs=1e-6)
 

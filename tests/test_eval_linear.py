@@ -11,7 +11,7 @@ import safetensors
 import torch
 import torch.nn.functional as F
 import yaml
-from eval_support import Conv, Files, Noise, Perfect, noisy, striped
+from eval_support import Conv, Files, Noise, Perfect, noisy, reorder, striped
 from PIL import Image
 from torch import nn
 
@@ -147,6 +147,8 @@ def test_batch_size_workers_and_order_of_files_change_nothing(dataset: Files) ->
     for key, value in first.tensors.items():
         torch.testing.assert_close(value, other.tensors[key], atol=1e-5, rtol=1e-5)
     assert other.metrics == pytest.approx(first.metrics, abs=1e-3)
+    reorder(dataset, "val")
+    assert Linear(**QUICK)(Conv(8), dataset, extract=HERE).metrics == pytest.approx(first.metrics, abs=1e-9)
     seeded = Linear(**QUICK)(Conv(8), dataset, extract=HERE, seed=1)
     assert not torch.allclose(seeded.tensors["0.weight"], first.tensors["0.weight"], atol=1e-3)
 

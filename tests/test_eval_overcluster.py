@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from eval_support import Conv, Files, Noise, Perfect, noisy, striped
+from eval_support import Conv, Files, Noise, Perfect, noisy, reorder, striped
 from PIL import Image
 
 from neco.errors import NecoError
@@ -111,6 +111,15 @@ def test_batch_size_workers_and_order_change_nothing(dataset: Files) -> None:
     dataset.rows["val"].reverse()
     other = Overcluster(k=[5, 9], **QUICK)(Conv(8), dataset, extract=Extract(batch_size=1, workers=2))
     assert other.metrics == pytest.approx(first.metrics, abs=1e-3)
+
+
+def test_permuted_images_change_no_more_than_seeds_do(dataset: Files) -> None:
+    values = QUICK | {"seeds": tuple(range(5))}
+    first = Overcluster(k=8, **values)(Conv(8), dataset, extract=HERE)
+    reorder(dataset, "val")
+    other = Overcluster(k=8, **values)(Conv(8), dataset, extract=HERE)
+    spread = max(result.details["miou_k8"]["std"] for result in (first, other))
+    assert abs(first.metrics["miou_k8"] - other.metrics["miou_k8"]) < 2 * spread
 
 
 def test_a_cached_pass_gives_the_same(dataset: Files, tmp_path: Path) -> None:

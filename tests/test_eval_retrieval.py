@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from eval_support import Conv, Files, Noise, Perfect, noisy, striped
+from eval_support import Conv, Files, Noise, Perfect, noisy, reorder, striped
 from PIL import Image
 
 from neco.dataset.base import Sample, read_label
@@ -187,6 +187,13 @@ def test_batch_size_workers_order_and_engine_change_nothing(dataset: Files) -> N
         other = Retrieval(engine=engine, **values)(Conv(8), dataset, extract=extract, seed=3)
         assert other.metrics == pytest.approx(first.metrics, abs=1e-9) and other.protocol == first.protocol
     assert Retrieval(**values)(Conv(8), dataset, extract=HERE, seed=4).metrics != first.metrics
+
+
+def test_permuted_images_change_nothing(dataset: Files) -> None:
+    first = Retrieval(size=32, k=7, **EXACT)(Conv(8), dataset, extract=HERE)
+    reorder(dataset, "train", "val")
+    other = Retrieval(size=32, k=7, **EXACT)(Conv(8), dataset, extract=HERE)
+    assert other.metrics == pytest.approx(first.metrics, abs=1e-9)
 
 
 def test_no_random_state_is_touched(dataset: Files) -> None:

@@ -13,7 +13,9 @@ import torch.multiprocessing as mp
 import yaml
 from eval_support import Conv, Files, Noise, noisy
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from test_devices import free_port
+from test_model_mask import slow as slow_mask
 
 from neco import devices
 from neco.dataset.base import Sample
@@ -23,10 +25,12 @@ from neco.eval.attention import Attention
 from neco.eval.base import Extract, Result
 from neco.eval.unsupervised import Unsupervised
 from neco.model.mask import foreground
+from neco.values import MEAN, STD
 
 ROOT = Path(__file__).parents[1]
 HERE = Extract(workers=0, batch_size=3)
 QUICK = {"k": 60, "k_community": 40, "seeds": (0, 1), "iterations": 10, "restarts": 2, "engine": "torch"}
+PICK8, PICK64 = ([int(i * side / 100) for i in range(100)] for side in (8, 64))  # nearest, at 100 x 100
 STEP = 28  # grey level of part v is STEP * v + 14
 
 
@@ -60,6 +64,11 @@ class Seeing(Conv):
     def forward_attention(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         maps = self(images)
         return maps, (maps[..., :2] / 20).exp().permute(0, 3, 1, 2)
+
+
+def iou(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Of two sets of pixels; None where both are empty."""
+    return float((one & other).sum() / (one | other).sum()) if (one | other).any() else None
 
 
 def named(dataset: Files) -> Files:
@@ -228,6 +237,81 @@ def test_perfect_features_give_one_and_noise_gives_chance(perfect: Files, compat
     assert found.details["miou"]["communities"] == [4, 4] and found.details["miou"]["std"] == 0
     noise = Unsupervised(**values)(Hash(8), perfect, extract=HERE).metrics
     assert noise["miou"] < 0.25 and noise["foreground_iou"] < 0.4  # a quarter of the pixels is foreground
+
+
+def slow_miou(dataset: Files, backbone: Seeing, precision: float, reference: bool) -> tuple[float, float]:
+    """mIoU and foreground IoU from the words of the protocol; k-means and Louvain, tested by themselves, are ours."""
+    train, val = dataset.samples("train"), dataset.samples("val")
+    features, front, masks = [], [], []
+    for sample in [*train, *val]:
+        image = np.asarray(Image.open(sample.image).resize((64, 64), Image.Resampling.BILINEAR))
+        pixels = torch.tensor((image / 255 - MEAN) / STD).permute(2, 0, 1)[None].float()
+        with torch.no_grad():
+            maps, attention = backbone.eval().forward_attention(pixels)
+        features.append(maps[0].numpy())
+        front.append(slow_mask(attention[0][None], 0.65)[0])
+        mask = np.asarray(Image.open(sample.mask).resize((64, 64), Image.Resampling.NEAREST))
+        masks.append(mask[PICK64][:, PICK64])
+    rows = np.stack(features).reshape(-1, backbone.dim).astype(np.float64)
+    rows = (rows - rows.mean(0)) / rows.std(0)
+    points = (rows @ np.linalg.svd(rows, full_matrices=False)[2].T).astype(np.float32)
+
+    def cluster(points: np.ndarray, k: int, spherical: bool = False) -> np.ndarray:
+        how = {"seed": 3, "iterations": 10, "restarts": 2, "sample": 2000, "engine": "torch"}
+        return clustering.kmeans(points, k, spherical=spherical, **how).centroids
+
+    first = (points @ cluster(points, 60, spherical=True).T).argmax(1).reshape(-1, 8, 8)
+    kept = np.zeros(first.shape, bool)
+    for k in range(60):
+        shares = [at[image == k].mean() for image, at in zip(first, front, strict=True) if (image == k).any()]
+        kept[first == k] = bool(shares) and np.mean(shares) >= precision
+    seen = [[PICK8.count(i) * PICK8.count(j) for j in range(8)] for i in range(8)]
+    times = (kept * np.array(seen)).flatten()
+    centroids = cluster(np.repeat(points, times, axis=0), 40)
+    nearest = ((points[:, None] - centroids) ** 2).sum(2).argmin(1)
+    shown = np.where(kept, nearest.reshape(kept.shape) + 1, 0)[:, PICK8][:, :, PICK8]
+
+    around = communities.offsets("reference" if reference else "standard")
+    shares, images = np.zeros((41, 41)), np.zeros(41)
+    for image in shown:
+        pairs = np.zeros((41, 41))
+        for down, right in around:
+            for y in range(max(0, -down), min(100, 100 - down)):
+                here, there = image[y], image[y + down]
+                for x in range(max(0, -right), min(100, 100 - right)):
+                    pairs[here[x], there[x + right]] += here[x] != there[x + right]
+        total = pairs.sum(1)
+        shares[total > 0] += pairs[total > 0] / total[total > 0, None]
+        images += total > 0
+    mean = shares / images.clip(1)[:, None]
+    weights = torch.from_numpy(np.minimum(mean, mean.T))
+    target, scores = np.stack(masks[len(train) :]), []
+    valid = target != 255
+    for seed in (0, 1):
+        found = communities.communities(weights, 0.07, markov_time=1.2, modules=4, seed=seed).module[
+            shown[len(train) :]
+        ]
+        table = np.array([[iou((found == v)[valid], (target == c)[valid]) or 0 for v in range(41)] for c in range(5)])
+        classes, matched = linear_sum_assignment(1 - table)
+        renamed = np.zeros_like(found)
+        for c, v in zip(classes, matched, strict=True):
+            renamed[found == v] = c
+        each = [iou((renamed == c)[valid], (target == c)[valid]) for c in range(5)]
+        scores.append(sum(v or 0 for v in each) / (5 if reference else sum(v is not None for v in each)))
+    return float(np.mean(scores)), iou((shown[len(train) :] > 0)[valid], (target != 0)[valid])
+
+
+@pytest.mark.parametrize("compat", ["standard", "reference"])
+def test_equals_the_slow_implementation(real: Files, compat: str) -> None:
+    """Class 4 occurs nowhere: it counts as 0, or not at all."""
+    backbone = Seeing(8)
+    found = Unsupervised(**QUICK, compat=compat, precision=0.6, sample=2000)(
+        backbone, real, extract=HERE, seed=3
+    ).metrics
+    miou, foreground_iou = slow_miou(real, backbone, 0.6, compat == "reference")
+    assert found["miou"] == pytest.approx(miou, abs=1e-6)
+    assert found["foreground_iou"] == pytest.approx(foreground_iou, abs=1e-9)
+    assert 0.05 < miou < 0.9 and 0.05 < foreground_iou < 0.95
 
 
 def test_engines_agree_where_the_answer_is_known(perfect: Files) -> None:

@@ -9,14 +9,14 @@ from torchvision.transforms.functional import gaussian_blur
 from neco.model.mask import blur, foreground, without_specks
 
 
-def slow(attention: torch.Tensor) -> np.ndarray:
+def slow(attention: torch.Tensor, mass: float = 0.6) -> np.ndarray:
     """One image after another, patch by patch, components by labelling."""
     out = []
     for heads in attention:
         flat = gaussian_blur(heads.mean(0)[None, None], 7, [0.6, 0.6])[0, 0].double().numpy()
         kept, held = np.zeros(flat.shape, bool), 0.0
         for place in np.argsort(-flat, axis=None):
-            if held >= 0.6 * flat.sum():
+            if held >= mass * flat.sum():
                 break
             kept.flat[place] = True
             held += flat.flat[place]

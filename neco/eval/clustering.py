@@ -18,7 +18,7 @@ from neco.errors import NecoError
 from neco.eval.neighbours import Engine, full_precision, load_faiss
 
 log = logging.getLogger(__name__)
-CHUNK = 100_000  # rows
+CHUNK = 16_384  # rows; three float64 copies of them at a time
 SAMPLE_SEED = 1234  # of the rows that PCA is fitted on; faiss has it fixed
 
 

@@ -350,8 +350,10 @@ class Unsupervised:
     ) -> Tensor:
         """Masks at 100 x 100 of the chosen ones of this process's images, uint8: small beside their features."""
         samples = [sample for sample, wanted in zip(own, chosen, strict=True) if wanted]
-        parts = [resize_nearest(masks, GRID) for _, masks in extract.masks(dataset, samples, size)]
-        return torch.cat(parts) if parts else torch.empty(0, GRID, GRID, dtype=torch.uint8)
+        targets = torch.empty(len(samples), GRID, GRID, dtype=torch.uint8)
+        for rows, masks in extract.masks(dataset, samples, size):
+            targets[rows] = resize_nearest(masks, GRID)
+        return targets
 
     def _cluster(
         self,
@@ -484,7 +486,7 @@ def _foreground_iou(matrix: Tensor, kept: Tensor, background: int) -> float:
     """IoU of the foreground when it is the `kept` (K,) of clusters with confusion matrix (K, C)."""
     objects = matrix.sum(1) - matrix[:, background]
     inside, outside = objects[kept].sum(), matrix[kept, background].sum()
-    return float(inside / (objects.sum() + outside).clamp(min=1))
+    return int(inside) / max(1, int(objects.sum() + outside))
 
 
 def _matched(matrix: Tensor, partition: Partition, background: int) -> Tensor:
