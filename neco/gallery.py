@@ -86,11 +86,13 @@ def _figures(run: Path, columns: Sequence[tuple[str, list[dict[str, Any]]]], key
     """The pictures of an image (None: of all), those of one kind next to each other."""
     found = [(title, p) for title, drawn in columns for p in drawn if p["key"] == key]
     for kind in dict.fromkeys(p["kind"] for _, p in found):
+        yield "<div>"
         for title, picture in found:
             if picture["kind"] == kind:
                 more = f". {picture['caption']}" if picture["caption"] else ""
                 pixels = np.asarray(Image.open(run / picture["file"]).convert("RGB"))
                 yield pages.figure(pixels, html.escape(f"{kind}, {title}{more}"), side=max(pixels.shape))
+        yield "</div>"
 
 
 def _features(run: Path, keys: list[str]) -> list[tuple[str, np.ndarray]]:

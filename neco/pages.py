@@ -14,7 +14,7 @@ from neco.results import write
 
 STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2em;max-width:1400px;color:#222;background:#fff}
 figure{display:inline-block;margin:0 1em 1em 0;vertical-align:top}figcaption{font-size:12px;max-width:420px}
-span{white-space:nowrap}img{display:block;max-width:100%}i{display:inline-block;width:.9em;height:.9em;margin-right:.3em}
+span{white-space:nowrap}img{display:block;max-width:100%;min-width:200px}i{display:inline-block;width:.9em;height:.9em;margin-right:.3em}
 table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}"""
 
 
