@@ -2,6 +2,7 @@
 
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,3 +111,17 @@ def test_what_is_kept_shows(scenes) -> None:
         return [masks for _, masks in HERE.masks(dataset, dataset.samples("val"), SIZE)]
 
     assert growth(scenes, keep) > OBJECTS
+
+
+def test_features_that_are_kept_on_disk_are_not_held(scenes, tmp_path: Path) -> None:
+    features, backbone = 32 * FEATURES, Seeing(PATCH, 32 * DIM)
+    kept = Extract(workers=0, batch_size=1, cache_dir=str(tmp_path))
+    grown = [
+        growth(scenes, lambda dataset, e=extract: e(backbone, dataset, dataset.samples("val"), SIZE))
+        for extract in (HERE, kept)
+    ]
+    assert grown[0] > features > 2 * grown[1]
+    small = Extract(workers=0, cache_dir=str(tmp_path / "small"), cache_gb=features / 1e9)
+    dataset = scenes(FEW)
+    assert np.array_equal(*(e(backbone, dataset, dataset.samples("val"), SIZE) for e in (small, kept)))
+    assert not [*tmp_path.glob("small/*")]

@@ -282,10 +282,15 @@ class Extract:
         what: str = "images",
     ) -> np.ndarray:
         """All features of `samples` at a size: float32 (N, h, w, D), memory-mapped where the cache has them."""
-        cached = self.cache.find(self._spec(backbone, samples, size, STD, draw))
+        spec, shape = self._spec(backbone, samples, size, STD, draw), (*token_grid(size, backbone.patch), backbone.dim)
+        cached = self.cache.find(spec)
+        if cached is None and spec and self.cache.fits((len(samples), *shape)):  # never all of them in memory
+            for _ in self.stream(backbone, dataset, samples, size, nearest=None, draw=draw, what=what):
+                pass
+            cached = self.cache.find(spec)
         if cached is not None:
             return cached
-        features = np.empty((len(samples), *token_grid(size, backbone.patch), backbone.dim), np.float32)
+        features = np.empty((len(samples), *shape), np.float32)
         for rows, part, _ in self.stream(backbone, dataset, samples, size, nearest=None, draw=draw, what=what):
             features[rows] = part
         return features

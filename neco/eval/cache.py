@@ -44,6 +44,10 @@ class Cache:
         log.info("features read from %s", path)
         return features
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether float32 features of this shape are within the bound."""
+        return self.folder is not None and math.prod(shape) * 4 <= self.limit
+
     def trim(self) -> None:
         found = []
         for path in (self.folder or Path()).glob("features-*"):
@@ -85,9 +89,8 @@ class Entry:
             self.path = None
 
     def _open(self, path: Path, shape: tuple[int, ...]) -> BinaryIO:
-        size = math.prod(shape) * 4
-        if size > self.cache.limit:
-            raise OSError(f"{size / 1e9:.1f} GB would be more than cache_gb={self.cache.limit / 1e9:g}")
+        if not self.cache.fits(shape):
+            raise OSError(f"{math.prod(shape) * 4 / 1e9:.1f} GB would be more than cache_gb={self.cache.limit / 1e9:g}")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f"{path.name}.{os.getpid()}.tmp").open("wb")
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
