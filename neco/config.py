@@ -109,6 +109,7 @@ class Run:
     cache_dir: str
     checkpoint: str | None
     weights: Literal["auto", "student", "teacher", "none"]
+    trust_pickle: bool
     device: Literal["auto", "cpu", "cuda"]
     debug: bool
     show: NonNegative

@@ -1,18 +1,21 @@
 """Progress over long work: a bar with ETA in a terminal, a plain line every few seconds elsewhere."""
 
+import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 from neco import interrupt
@@ -63,3 +66,30 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
             log.info("%s: %d%s", what, done, left)
         interrupt.check()
         yield item
+
+
+@contextlib.contextmanager
+def transfers() -> Iterator[Callable[[str, int | None], Callable[[int, int | None], None]]]:
+    """In this block `bar(name, bytes)` gives what is to be called with (bytes done, bytes in all or None).
+
+    For any number of downloads at the same time, each from a thread of its own.
+    """
+    from rich.console import Console
+
+    terminal, shown = sys.stderr.isatty(), time.monotonic()
+    what = "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*what, console=Console(stderr=True), disable=not terminal, transient=True) as bars:
+
+        def bar(name: str, size: int | None = None) -> Callable[[int, int | None], None]:
+            task = bars.add_task(name, total=size)
+
+            def report(done: int, total: int | None) -> None:
+                nonlocal shown
+                bars.update(task, completed=done, total=total or size)
+                if not terminal and time.monotonic() - shown > PLAIN_SECONDS:
+                    shown = time.monotonic()
+                    log.info("%s: %.2f of %s GB", name, done / 1e9, f"{total / 1e9:.2f}" if total else "?")
+
+            return report
+
+        yield bar

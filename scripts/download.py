@@ -7,7 +7,6 @@ that you already have is used when it lies where the table says.
 """
 
 import argparse
-import errno
 import gzip
 import hashlib
 import io
@@ -19,40 +18,27 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from http.client import HTTPException, HTTPMessage
 from pathlib import Path, PurePosixPath
 from typing import IO
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from scipy.io import loadmat
 
+from neco.download import Show, bytes_of, fetch
 from neco.errors import NecoError
-from neco.progress import PLAIN_SECONDS, track
+from neco.progress import track, transfers
 from neco.results import columns, write
 
 log = logging.getLogger("neco")
-TIMEOUT = 30.0  # seconds without a byte
-TRIES = 5  # in a row that bring nothing new
-PAUSE = 1.0  # seconds before the second try, doubled for each one after
 VOC = "VOCdevkit/VOC2012"
 TRAINAUG = 10582
-LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)  # trying again does not help
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
-
-
-class Stopped(Exception):
-    """Ctrl-C reached a download."""
 
 
 def index_png(mat: bytes) -> bytes:
@@ -170,93 +156,6 @@ SETS = {
     ),), "register at https://image-net.org/signup, ask for access, then download \"Training images (Task 1 & 2)\"\n"
          "from https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"),
 }  # fmt: skip
-
-
-def fetch(source: Source, path: Path, report: Callable[[int, int | None], None], stop: threading.Event) -> Path:
-    """Download to `path`.part, going on where an earlier try ended; the finished .part."""
-    part, version = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.version")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    best, failures = _size(part), 0
-    while True:
-        try:
-            total = _attempt(source, part, version, report, stop)
-            if total is None or _size(part) == total:
-                version.unlink(missing_ok=True)
-                return part
-            problem: Exception = EOFError(f"{_size(part)} of {total} bytes came")
-        except HTTPError as error:
-            if error.code < 500 and error.code not in (408, 416, 429):
-                raise NecoError(
-                    f"{source.url}: HTTP {error.code} {error.reason}. The file may have moved: "
-                    f"find {source.name} elsewhere, put it at {path} and give the same command again"
-                ) from error
-            problem = error
-        except (OSError, HTTPException) as error:
-            if getattr(error, "errno", None) in LOCAL:
-                raise NecoError(f"cannot write {part}: {error}") from error
-            problem = error
-        failures = 0 if _size(part) > best else failures + 1
-        best = max(best, _size(part))
-        if failures >= TRIES:
-            raise NecoError(
-                f"{source.url}: {TRIES} tries failed, the last with: {problem}. "
-                + (f"{best / 1e6:.1f} MB are kept in {part}: the same command goes on from there" if best else "")
-            ) from problem
-        if stop.wait(min(60.0, PAUSE * 2**failures / 2)):
-            raise Stopped
-
-
-def _attempt(
-    source: Source, part: Path, version: Path, report: Callable[[int, int | None], None], stop: threading.Event
-) -> int | None:
-    """One request. Appends to `part` what is missing, or writes it anew; the size of the whole file if it is known."""
-    have, known = _size(part), version.read_text() if version.exists() else ""
-    if not (known or source.digest):
-        have = 0  # nothing would tell a rest of another version
-    headers = {"User-Agent": "neco"}
-    if have:
-        headers |= {"Range": f"bytes={have}-"} | ({"If-Range": known} if known else {})
-    try:
-        response = urlopen(Request(source.url, headers=headers), timeout=TIMEOUT)
-    except HTTPError as error:
-        if error.code == 416:  # nothing is left to send, or the file became shorter
-            if error.headers.get("Content-Range") == f"bytes */{have}":
-                return have
-            part.unlink(missing_ok=True)
-        raise
-    with response:
-        if response.headers.get_content_type() == "text/html":
-            raise NecoError(f"{source.url} sent a web page, no archive: the file moved, or a login is asked for")
-        now, length = _version(response.headers), response.headers.get("Content-Length")
-        if response.status == 206:
-            extent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-            if not extent or int(extent[1]) != have or (now and known and now != known):
-                part.unlink()
-                raise OSError("the file changed on the server")
-            length = extent[2]
-        else:
-            have = 0  # the server ignores Range, or the file changed
-        total = int(length) if length else None
-        if source.size and total not in (None, source.size):
-            raise NecoError(f"{source.url} has {total} bytes instead of {source.size}: it is another version")
-        version.write_text(now)
-        with part.open("ab" if have else "wb") as file:
-            while block := response.read1(1 << 20):  # what is there: a timeout loses nothing
-                file.write(block)
-                report(file.tell(), total)
-                if stop.is_set():
-                    raise Stopped
-    return total
-
-
-def _version(headers: HTTPMessage) -> str:
-    """What If-Range takes: a strong ETag, else the date."""
-    tag = headers.get("ETag", "")
-    return tag if tag.startswith('"') else headers.get("Last-Modified", "")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def check(source: Source, archive: Path) -> str:
@@ -386,16 +285,16 @@ def missing(source: Source, data: Path, packed: bool, deep: bool = False) -> str
     bad = [
         path
         for crc, size, path in track(lines, f"checking {source.name}")
-        if _size(root / path) != int(size) or (deep and _crc(root / path) != int(crc, 16))
+        if bytes_of(root / path) != int(size) or (deep and _crc(root / path) != int(crc, 16))
     ]
     return f"{len(bad)} of {len(lines)} files are missing or changed, the first {root / bad[0]}" if bad else ""
 
 
-def obtain(source: Source, archive: Path, report: Callable[[int, int | None], None], stop: threading.Event) -> str:
+def obtain(source: Source, archive: Path, report: Show, stop: threading.Event) -> str:
     """Download (unless it is there) and check an archive; how it was found to be whole. A bad one is put aside."""
     if archive.exists():
         return check(source, archive)
-    part = fetch(source, archive, report, stop)
+    part = fetch(source.url, archive, report, size=source.size, pinned=bool(source.digest), stop=stop)
     try:
         verdict = check(source, part)
     except NecoError as error:
@@ -410,7 +309,7 @@ def lay_out(source: Source, data: Path, packed: bool, keep: bool) -> None:
     archive, stage = data / source.place, Stage(data / source.folder, source.name)
     try:
         if packed and source.readable:
-            stage.files[str(archive.relative_to(stage.root))] = _crc(archive), _size(archive)
+            stage.files[str(archive.relative_to(stage.root))] = _crc(archive), bytes_of(archive)
             return stage.note()
         for path, stream in track(members(archive, source.take), f"unpacking {source.name}"):
             stage.put(path, io.BytesIO(source.convert(stream.read())) if source.convert else stream)
@@ -431,7 +330,7 @@ def require_space(sources: list[Source], data: Path, packed: bool) -> None:
     """Raises NecoError when archives and what they become do not fit."""
     need = 0.0
     for source in sources:
-        there = max(_size(data / source.place), _size(data / f"{source.place}.part"))
+        there = max(bytes_of(data / source.place), bytes_of(data / f"{source.place}.part"))
         need += max(0.0, source.gb - there / 1e9)
         if not (packed and source.readable):
             need += source.unpacked_gb or source.gb
@@ -446,23 +345,11 @@ def require_space(sources: list[Source], data: Path, packed: bool) -> None:
 
 def download(sources: list[Source], data: Path, jobs: int) -> Iterator[tuple[Source, str | BaseException]]:
     """Obtain archives, several at the same time; how each was found to be whole, or why it was not obtained."""
-    stop, shown = threading.Event(), time.monotonic()
-    terminal = sys.stderr.isatty()
-    shown_as = "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    pool = ThreadPoolExecutor(jobs)
-    with Progress(*shown_as, console=Console(stderr=True), disable=not terminal) as bars:
+    stop, pool = threading.Event(), ThreadPoolExecutor(jobs)
+    with transfers() as bar:
 
         def job(source: Source) -> str:
-            task = bars.add_task(source.name, total=source.size)
-
-            def report(done: int, total: int | None) -> None:
-                nonlocal shown
-                bars.update(task, completed=done, total=total)
-                if not terminal and time.monotonic() - shown > PLAIN_SECONDS:
-                    shown = time.monotonic()
-                    log.info("%s: %.2f of %.2f GB", source.name, done / 1e9, (total or source.gb * 1e9) / 1e9)
-
-            return obtain(source, data / source.place, report, stop)
+            return obtain(source, data / source.place, bar(source.name, source.size), stop)
 
         try:
             futures = {pool.submit(job, source): source for source in sources}

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from neco import download
 from neco.dataset.base import read_label
 from neco.dataset.camvid import CamVid
 from neco.errors import NecoError
@@ -116,8 +117,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(script, "PAUSE", 0.001)
-    monkeypatch.setattr(script, "TIMEOUT", 1.0)
+    monkeypatch.setattr(download, "PAUSE", 0.001)
+    monkeypatch.setattr(download, "TIMEOUT", 1.0)
     server = Server()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server

@@ -245,7 +245,7 @@ def test_bounded_memory_keeps_its_share_of_each_image_and_rare_classes(tmp_path:
     for seed in range(10):
         evaluation = Retrieval(size=64, k=1, memory_size=17, **EXACT)
         _, share, samples, _ = evaluation.plan(8, dataset)
-        memory, labels = evaluation._remember(Conv(8), dataset, samples, 64, share, HERE, seed)
+        memory, labels, _ = evaluation._remember(Conv(8), dataset, samples, 64, share, HERE, seed)
         assert share == 4 and memory.shape == (16, 12) and labels.shape == (16, 2)
         torch.testing.assert_close(memory.norm(dim=1), torch.ones(16))
         kept += int(labels[:, 1].sum())

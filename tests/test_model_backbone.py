@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from neco.errors import NecoError
 from neco.model.backbone import Backbone, _cls_attention, interpolate_positions
+from neco.values import MEAN, STD
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 OPTIONS = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -22,8 +23,6 @@ SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 OTHERS = {  # not in conf/: biases beside rotary positions, separate q and k, norm before the blocks
     "dinov3_bias": {"name": "vit_small_patch16_dinov3_qkvb.lvd1689m", "size": 64},
     "eva02": {"name": "eva02_tiny_patch14_224.mim_in22k", "size": 56},
-    "mae": {"name": "vit_base_patch16_224.mae", "size": 64},
-    "clip": {"name": "vit_base_patch16_clip_quickgelu_224.openai", "size": 64},
 }
 SIZES = {"s": (384, 12, 22), "b": (768, 12, 86), "l": (1024, 24, 304)}  # width, depth, millions of parameters
 
@@ -44,6 +43,13 @@ def small(seed: int = 0, **values: Any) -> Backbone:
 
 def images(*shape: int) -> Tensor:
     return torch.randn(shape[0], 3, *shape[1:], generator=torch.Generator().manual_seed(1))
+
+
+def forward(backbone: Backbone, x: Tensor) -> Tensor:
+    """timm's own patch tokens."""
+    if backbone.inputs == "clip":
+        x = x * backbone.change[0] + backbone.change[1]
+    return backbone.net.forward_features(x)[:, backbone.net.num_prefix_tokens :]
 
 
 @pytest.fixture(params=[*OPTIONS, *OTHERS])
@@ -130,7 +136,8 @@ def test_option_is_what_its_name_says(option: str) -> None:
         width, depth, millions = SIZES[vit[3]]
         assert (outline.patch, outline.dim, outline.depth) == (int(vit[4:]), width, depth)
         assert abs(parameters / 1e6 - millions) < 1
-        assert outline.size == {"dino": 224, "dinov3": 256}.get(kind, 518)
+        assert outline.size == (256 if kind == "dinov3" else 518 if kind.startswith("dinov2") else 224)
+        assert outline.heads == (12 if option == "mocov3_vits16" else width // 64)  # MoCo v3 made its ViT-S another way
     p, d = outline.patch, outline.dim
     with torch.device("meta"):
         assert outline(torch.empty(2, 3, 4 * p, 4 * p)).shape == (2, 4, 4, d)
@@ -149,7 +156,7 @@ def test_real_size() -> None:
 def test_same_as_timm_at_the_pretraining_size(backbone: Backbone) -> None:
     x = images(1, backbone.size, backbone.size)
     with torch.no_grad():
-        expected = backbone.net.forward_features(x)[:, backbone.net.num_prefix_tokens :]
+        expected = forward(backbone, x)
         actual = backbone(x)
     side = backbone.size // backbone.patch
     torch.testing.assert_close(actual, expected.reshape(1, side, side, -1), rtol=1e-4, atol=1e-5)
@@ -159,7 +166,7 @@ def test_same_as_timm_elsewhere_under_its_rule(backbone: Backbone) -> None:
     backbone.pos_interp = "timm"
     x = images(2, 3 * backbone.patch, 5 * backbone.patch)
     with torch.no_grad():
-        expected = backbone.net.forward_features(x)[:, backbone.net.num_prefix_tokens :].reshape(2, 3, 5, -1)
+        expected = forward(backbone, x).reshape(2, 3, 5, -1)
         torch.testing.assert_close(backbone(x), expected, rtol=1e-4, atol=1e-5)
         if backbone.net.pos_embed is not None:
             backbone.pos_interp = "neco"
@@ -281,4 +288,21 @@ def test_wrong_inputs_are_named() -> None:
 
 def test_timm_knows_the_published_weights_of_every_option() -> None:
     names = {values(option)["name"] for option in OPTIONS if values(option)["weights"] == "hub"}
-    assert names and all(timm.get_pretrained_cfg(name).hf_hub_id == f"timm/{name}" for name in names)
+    published = {name: timm.get_pretrained_cfg(name).hf_hub_id for name in names}  # timm keeps CLIP's under one name
+    assert names and all(place == f"timm/{name.replace('_quickgelu', '')}" for name, place in published.items())
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_pixels_are_those_that_the_network_was_trained_on(option: str) -> None:
+    """Images come with ImageNet's mean and standard deviation."""
+    pixels, given = torch.rand(1, 3, 32, 32), values(option)
+    mean, std = torch.tensor((MEAN, STD))[:, :, None, None]
+    seen: list[Tensor] = []
+    backbone = small(**given)
+    backbone.net.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    p = backbone.patch
+    backbone((pixels[:, :, :p, :p] - mean) / std)
+    config = timm.get_pretrained_cfg(given["name"])
+    if option != "tiny":
+        mean, std = torch.tensor((config.mean, config.std))[:, :, None, None]
+    torch.testing.assert_close(seen[0] * std + mean, pixels[:, :, :p, :p])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import losses
 
 from neco import config, load_backbone
 from neco.errors import NecoError
@@ -44,6 +45,19 @@ def test_student_and_teacher_of_a_run(train, evaluate):
         assert not any(p.requires_grad for p in backbone.parameters()) and not backbone.training
         assert backbone(torch.zeros(2, 3, 32, 48)).shape == (2, 4, 6, backbone.dim)
     assert hashes["student"] != hashes["teacher"]
+
+
+def test_a_file_that_needs_pickle_is_read_when_trusted(train, evaluate, tmp_path):
+    backbone, path = load_backbone("tiny", weights="none"), tmp_path / "old.ckpt"
+    torch.save({"model": backbone.net.state_dict(), "callbacks": {NecoError: 1}}, path)
+    trusting = f"checkpoint={path}", "weights=auto", "trust_pickle=true"
+    for run in (train, evaluate):
+        with pytest.raises(NecoError, match=r"needs pickle.*neco\.errors\.NecoError.*trust_pickle=true"):
+            run(*trusting[:2], folder="refused")
+    (record,) = evaluate(*trusting, evals=["retrieval"])
+    assert record["weights"] == weights_hash(backbone)
+    assert weights_hash(load_backbone(str(path), model="tiny", trust_pickle=True)) == record["weights"]
+    assert len(losses(train(*trusting))) == 4
 
 
 @pytest.mark.parametrize("trains", [[], ["train.lora_rank=2"]])

@@ -278,7 +278,7 @@ class Retrieval:
         share: int,
         extract: Extract,
         seed: int,
-        traced: bool,
+        traced: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised features (M, D) and pixels of each class (M, C) of this process's part of the memory.
 

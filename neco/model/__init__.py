@@ -21,23 +21,29 @@ def last_checkpoint(source: str) -> str:
     return str(path) if path.is_file() else source
 
 
-def trained_model(source: str | None) -> dict[str, Any] | None:
+def trained_model(source: str | None, trust_pickle: bool = False) -> dict[str, Any] | None:
     """The `model` node that one of our own checkpoints was trained with; None for any other source."""
     if source is None or not source.endswith(".ckpt") or not Path(source).is_file():
         return None
-    held = _weights.contents(Path(source)).get("neco")
+    held = _weights.contents(Path(source), trust_pickle).get("neco")
     return held and held["config"]["model"]
 
 
 def load_backbone(
-    source: str, *, weights: Literal["auto", "student", "teacher", "none"] = "auto", model: str | None = None
+    source: str,
+    *,
+    weights: Literal["auto", "student", "teacher", "none"] = "auto",
+    model: str | None = None,
+    trust_pickle: bool = False,
 ) -> Backbone:
     """A frozen backbone in evaluation mode: normalised images (B, 3, H, W) -> patch features (B, h, w, D).
 
     Args:
         source: a run folder, a checkpoint, another weights file, a URL; or an option of conf/model for its own weights.
-        weights: the network of a checkpoint that holds student and teacher (auto: the teacher); none = random.
+        weights: the network of a checkpoint that holds student and teacher (auto: the one its authors evaluate, mostly
+            the teacher); none = random.
         model: option of conf/model for files that don't say what they are.
+        trust_pickle: let a file run whatever it says while it is read, which some old ones need.
 
     Raises:
         NecoError: nothing there, an unknown model, or tensors that don't fit it (listed).
@@ -48,12 +54,13 @@ def load_backbone(
     source = last_checkpoint(source)
     if source and not source.startswith(("http://", "https://")) and not timm.is_model(source):
         _weights.locate(source, "")  # it must be there
-    node = trained_model(source) if model is None else None
+    node = trained_model(source, trust_pickle) if model is None else None
     if node is None:
         if model not in options:
             near = config.nearest(str(model), sorted(options))
             raise NecoError(f"{source}: say which network it is with model=NAME of conf/model (got {model!r}{near})")
         node = yaml.safe_load(options[model].read_text())
     backbone = config.build(node, "model")
-    _weights.load(backbone, "none" if weights == "none" else source or None, "auto" if weights == "none" else weights)
+    which = "auto" if weights == "none" else weights
+    _weights.load(backbone, "none" if weights == "none" else source or None, which, trust_pickle=trust_pickle)
     return backbone.eval().requires_grad_(False)

@@ -12,13 +12,14 @@ import timm
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from neco.errors import NecoError
-from neco.values import Fraction, Positive
+from neco.values import MEAN, STD, Fraction, Positive
 
 Rule = Literal["hub", "timm", "neco"]
 
@@ -59,6 +60,8 @@ class Backbone(nn.Module):
             (no effect on networks with rotary positions only).
         registers: `drop` throws the register tokens away (`dinov2r_xr`); `hub` then resamples as without registers.
         weights: where `load` looks when it isn't told: hub, none, a hub name, a URL, a file, or `package:FILE`.
+        inputs: mean and standard deviation of the pixels that it was trained on. Images come with ImageNet's, which
+            `clip` changes to CLIP's.
         drop_path: stochastic depth of the last block, linear over depth from 0 in the first; only while training.
         arch: numbers that replace those of the named network.
 
@@ -66,6 +69,8 @@ class Backbone(nn.Module):
         NecoError: timm has no such network or it is no plain ViT, the size isn't a multiple of the patch,
             or there are no registers to drop.
     """
+
+    change: Tensor  # (2, 3, 1, 1): factor and summand of each colour
 
     def __init__(
         self,
@@ -75,6 +80,7 @@ class Backbone(nn.Module):
         pos_interp: Rule = "hub",
         registers: Literal["keep", "drop"] = "keep",
         weights: str = "hub",
+        inputs: Literal["imagenet", "clip"] = "imagenet",
         drop_path: Fraction = 0.0,
         arch: dict[Literal["embed_dim", "depth", "num_heads", "patch_size"], Positive] | None = None,
     ) -> None:
@@ -87,6 +93,12 @@ class Backbone(nn.Module):
         self.size, self.pos_interp, self.weights = size, pos_interp, weights
         self.recompute = False
         self.spec: dict[str, Any] = dict(name=name, size=size, pos_interp=pos_interp, registers=registers, arch=arch)
+        if inputs == "clip":
+            self.spec["inputs"] = inputs
+            ours, theirs = torch.tensor((MEAN, STD)), torch.tensor((OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+            change = torch.stack([ours[1], ours[0] - theirs[0]]) / theirs[1]
+            self.register_buffer("change", change[:, :, None, None], persistent=False)
+        self.inputs = inputs
         if size % self.patch:
             raise NecoError(f"model.size={size} is no multiple of the patch of {name}, {self.patch} pixels")
         if registers == "drop":
@@ -151,6 +163,8 @@ class Backbone(nn.Module):
         height, width = images.shape[-2:]
         if height % self.patch or width % self.patch:
             raise NecoError(f"images of {height}x{width} pixels: both must be multiples of the patch, {self.patch}")
+        if self.inputs == "clip":
+            images = images * self.change[0].to(images.dtype) + self.change[1].to(images.dtype)
         net, tokens = self.net, self.net.patch_embed(images)
         batch, h, w, _ = tokens.shape
         tokens = tokens.flatten(1, 2)

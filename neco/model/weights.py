@@ -1,65 +1,145 @@
 """Weights of a backbone from wherever they are: recognised from their keys, matched strictly, never through pickle."""
 
+import contextlib
+import functools
 import hashlib
+import importlib
 import math
 import re
-import tempfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from pickle import UnpicklingError
 from typing import Any, Literal
 from urllib.parse import urlparse
-from urllib.request import urlopen
 
+import numpy as np
 import safetensors.torch
 import timm
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from torch import Tensor, nn
 
+from neco import interrupt
+from neco.download import alone, fetch
 from neco.errors import NecoError
 from neco.model import lora
 from neco.model.backbone import Backbone
-from neco.progress import track
+from neco.progress import transfers
 
 Which = Literal["auto", "student", "teacher"]
-LANDMARK = "patch_embed.proj.weight"  # what stands before it, in a file's flattened keys, is where a network begins
-ANY = r"(?:(?:state_dict|model|module|backbone|net)\.)*"
+# What stands before it, in a file's flattened keys, is where a network begins.
+LANDMARK = (
+    r"patch_embed\.proj\.weight$|embeddings\.patch_embeddings\.(projection\.)?weight$|(embeddings\.)?class_embedding$"
+)
+ANY = r"(?:(?:state_dict|model|module|backbone|net|visual|trunk|vit|dinov\d\w*|vision_model|_orig_mod)\.)*"
+BOTH = {role: rf"{ANY}{role}\.{ANY}" for role in ("teacher", "student")}
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A layout: for each network it holds (`student`, `teacher`, or `only`), what its keys begin with."""
+    """A layout: `sign`, found in a key of the file, gives it away.
+
+    `networks` are what it may hold (`student`, `teacher`, or `only`) with what their keys begin with; `auto` takes the
+    first that is there, which is the one that the method's authors evaluate.
+    """
 
     name: str
     networks: Mapping[str, str]
+    sign: str = ""
 
 
-# The first format whose networks are all found is taken: the specific before the general.
+# The first format with its sign and one of its networks is taken: the specific before the general.
 FORMATS = (
-    Format("neco checkpoint", {r: rf"state_dict\.{r}\.backbone\.net\." for r in ("student", "teacher")}),
-    Format("published NeCo checkpoint", {"student": r"state_dict\.model\.", "teacher": r"state_dict\.teacher\."}),
-    Format("student and teacher", {r: rf"{ANY}{r}\.{ANY}" for r in ("student", "teacher")}),
-    Format("teacher", {"teacher": rf"{ANY}teacher\.{ANY}"}),
-    Format("student", {"student": rf"{ANY}student\.{ANY}"}),
+    Format("neco checkpoint", {r: rf"state_dict\.{r}\.backbone\.net\." for r in ("teacher", "student")}),
+    Format(
+        "MoCo v3",
+        {r: rf"{ANY}{encoder}_encoder\." for r, encoder in (("student", "base"), ("teacher", "momentum"))},
+    ),
+    Format("TimeT", {"student": rf"{ANY}feature_extractor\.{ANY}", "teacher": BOTH["teacher"]}, r"feature_extractor\."),
+    Format("Leopart", {"student": rf"{ANY}model\.", "teacher": BOTH["teacher"]}, r"model\.prototypes\."),
+    Format(
+        "published NeCo checkpoint",
+        {"teacher": r"state_dict\.teacher\.", "student": r"state_dict\.model\."},
+        r"^state_dict\.(teacher\.|(teacher_)?projection_head\.)",
+    ),
+    Format("CrIBo", BOTH, r"^centroids_queue"),
+    Format("iBOT", BOTH, r"^ibot_loss\."),
+    Format("DINO or CrOC", BOTH, r"^dino_loss\."),
+    Format("student and teacher", BOTH),
+    Format("MAE", {"only": ANY}, r"decoder_(embed|pred)\."),
+    Format("CLIP", {"only": ANY}, r"transformer\.resblocks\.\d+\.attn\.in_proj_weight$|vision_model\."),
+    Format("transformers", {"only": ANY}, r"embeddings\.patch_embeddings\."),
+    Format("DINOv3 hub", {"only": ANY}, r"storage_tokens$"),
+    Format("DINOv2 hub", {"only": ANY}, r"mask_token$"),
     Format("plain backbone", {"only": ANY}),
 )
-RENAMES = (  # other names -> timm's
-    (r"register_tokens", "reg_token"),  # DINOv2 hub
-    (r"(blocks\.\d+\.mlp\.)w12(\..+)", r"\1fc1\2"),  # DINOv2 hub, giant
-    (r"(blocks\.\d+\.mlp\.)w3(\..+)", r"\1fc2\2"),
+B = r"(blocks\.\d+\.)"
+RENAMES = (  # other names -> timm's, one after the other
+    (r"^transformer\.resblocks\.", "blocks."),  # CLIP of OpenAI and open_clip, with more below
+    # DINOv2 and DINOv3 hub
+    (r"^(register|storage)_tokens$", "reg_token"),
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # chunks of blocks, as trained with FSDP
+    (rf"^{B}mlp\.w12\.", r"\1mlp.fc1."),
+    (rf"^{B}mlp\.(w1|gate_proj)\.", r"\1mlp.fc1_g."),
+    (rf"^{B}mlp\.w2\.", r"\1mlp.fc1_x."),
+    (rf"^{B}mlp\.w3\.", r"\1mlp.fc2."),
+    # transformers: ViT, DINOv2, DINOv3, CLIP
+    (r"^(pre|post)_?(layrnorm|layernorm)\.", r"norm_\1."),
+    (r"^norm_post\.", "norm."),
+    (r"^embeddings\.class_embedding$|^embeddings\.cls_token$|^class_embedding$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.(position_embeddings|position_embedding\.weight)$|^positional_embedding$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings?\.(projection\.)?", "patch_embed.proj."),
+    (r"^embeddings\.", ""),
+    (r"^((encoder|model)\.)?layers?\.(\d+)\.", r"blocks.\3."),
+    (r"^layernorm\.", "norm."),
+    (rf"^{B}(layernorm_before|layer_norm1)\.", r"\1norm1."),
+    (rf"^{B}(layernorm_after|layer_norm2)\.", r"\1norm2."),
+    (rf"^{B}(attention\.attention|attention|self_attn)\.", r"\1attn."),
+    (rf"^{B}attn\.(query|key|value)\.", lambda m: f"{m[1]}attn.{m[2][0]}_proj."),
+    (rf"^{B}attn\.(output\.dense|o_proj|out_proj)\.", r"\1attn.proj."),
+    (rf"^{B}(intermediate\.dense|mlp\.weights_in|mlp\.up_proj)\.", r"\1mlp.fc1."),
+    (rf"^{B}(output\.dense|mlp\.weights_out|mlp\.down_proj)\.", r"\1mlp.fc2."),
+    (rf"^{B}layer_scale(\d)\.lambda1$|^{B}gamma_(\d)$", lambda m: f"{m[1] or m[3]}ls{m[2] or m[4]}.gamma"),
+    # CLIP
+    (r"^conv1\.", "patch_embed.proj."),
+    (r"^ln_pre\.", "norm_pre."),
+    (r"^ln_post\.", "norm."),
+    (rf"^{B}ln_(\d)\.", r"\1norm\2."),
+    (rf"^{B}attn\.in_proj_", r"\1attn.qkv."),
+    (rf"^{B}mlp\.c_fc\.", r"\1mlp.fc1."),
+    (rf"^{B}mlp\.c_proj\.", r"\1mlp.fc2."),
 )
+EVA = ((rf"^{B}ls(\d)\.gamma$", r"\1gamma_\2"), (rf"^{B}mlp\.fc1\.", r"\1mlp.fc1_x."))  # where timm's has other names
 IGNORABLE = (  # (keys, why a backbone does without them)
-    (r"mask_token", "masked-image pretraining only"),
-    (r"(\w*head|fc|classifier|projector|predictor|attn_pool)\..+", "a head, not the backbone"),
+    (r"mask_token|masked_embed", "masked-image pretraining only"),
+    (r"decoder[_.].+", "the decoder of masked pretraining"),
+    (r"(\w*head|fc|classifier|projector|predictor|pooler|prototypes|attn_pool)\..+|proj", "a head, not the backbone"),
+    (r"fc_norm\..+", "norms the mean of patches"),
+    (r"rope_embed(dings)?\..+", "fixed frequencies, which the network computes"),
+    (r"position_ids", "a range, not a weight"),
+    (r"(local_)?cls_norm\..+", "norms CLS alone"),
 )
 DROPPED = (r"reg_token", "registers=drop")
-CONVERT = (
-    "import torch; old = torch.load('{}', weights_only=False); torch.save({{k: v for k, v in old.items() "
-    "if k in ('state_dict', 'model', 'student', 'teacher') or hasattr(v, 'shape')}}, 'new.pth')"
+# What old checkpoints hold beside tensors. A file chooses the arguments, so that here stands only what merely keeps
+# them: nothing that imports, opens or calls. Of NumPy no arrays and no structured types either, whose state a file
+# could forge to point anywhere in memory. Interpolations of OmegaConf are resolved when read, and nobody reads them.
+HARMLESS = (
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "typing.Any",
+    "torch.torch_version.TorchVersion",
+    *(f"builtins.{kind}" for kind in ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes")),
+    *(f"pathlib.{kind}" for kind in ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath")),
+    *(f"pathlib._local.{kind}" for kind in ("PosixPath", "PurePosixPath", "PureWindowsPath")),  # Python 3.13
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    *(f"omegaconf.base.{kind}" for kind in ("ContainerMetadata", "Metadata")),
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Integer", "Float", "Boolean", "String", "Path", "Bytes")),
+    "numpy.dtype",
 )
 
 
@@ -84,7 +164,11 @@ class Report:
     def __str__(self) -> str:
         if not self.matched:
             return f"weights {self.hash}: random"
-        left = "".join(f", {key} ignored ({why})" for key, why in self.ignored.items())
+        left = ""
+        for why in dict.fromkeys(self.ignored.values()):
+            keys = [key for key, reason in self.ignored.items() if reason == why]
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            left += f", {', '.join(keys[:3])}{more} ignored ({why})"
         network = "" if self.which == "only" else f", {self.which}"
         outside = f", {self.outside} tensors of other parts" if self.outside else ""
         merged = f", adapters merged into {self.merged}" if self.merged else ""
@@ -92,14 +176,18 @@ class Report:
         return f"weights {self.hash}: {self.source} ({self.format}{network}), {told}"
 
 
-def load(backbone: Backbone, source: str | Path | None = None, which: Which = "auto") -> Report:
+def load(
+    backbone: Backbone, source: str | Path | None = None, which: Which = "auto", *, trust_pickle: bool = False
+) -> Report:
     """Fill `backbone` with the weights of `source`, every tensor of both sides accounted for.
 
     Args:
         backbone: changed in place.
         source: `none` (leave it random), `hub` (the published weights of its name), another hub name of timm, a URL,
             a file (.pth .pt .ckpt .safetensors) or `package:FILE`; None means `backbone.weights`.
-        which: the network of a file that holds student and teacher; `auto` prefers the teacher.
+        which: the network of a file that holds student and teacher; `auto` is the one that its authors evaluate:
+            the teacher, but of MoCo v3, Leopart and TimeT the student.
+        trust_pickle: let a file run whatever it says while it is read, which some old ones need.
 
     Raises:
         NecoError: nothing there, no connection, a file that needs pickle, an unknown layout, no such network in it,
@@ -109,9 +197,9 @@ def load(backbone: Backbone, source: str | Path | None = None, which: Which = "a
     if source == "none":
         return Report("none", "random", "only", weights_hash(backbone))
     path = locate(source, backbone.spec["name"])
-    held = read(path)
+    held = read(path, trust_pickle)
     layout, networks = recognise(held, source)
-    role = next(r for r in ("teacher", "only", "student") if r in networks) if which == "auto" else which
+    role = next(iter(networks)) if which == "auto" else which
     if role not in networks:
         found = "one plain network" if "only" in networks else f"the {', '.join(networks)} only"
         raise NecoError(f"weights={which}: {source} holds {found}; use weights=auto")
@@ -143,6 +231,8 @@ def locate(source: str, name: str) -> Path:
     path = Path(source).expanduser()
     if source.startswith("package:"):
         path = Path(__file__).parent / source.removeprefix("package:")
+    elif found := re.fullmatch(r"https://huggingface\.co/([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/([^?]+).*", source):
+        return _from_hugging_face(found[1], found[3], found[2])
     elif source.startswith(("http://", "https://")):
         return _download(source)
     elif source == "hub" or (timm.is_model(source) and not path.exists()):
@@ -152,60 +242,101 @@ def locate(source: str, name: str) -> Path:
     return path
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]:
     """All tensors of a file, keys of nested dictionaries joined by dots, memory-mapped where the format allows it."""
-    return _flatten(contents(path))
+    return _flatten(contents(path, trust_pickle))
 
 
-def contents(path: Path) -> dict[str, Any]:
+def contents(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     """What a weights file or checkpoint holds. Raises NecoError for one that is damaged, of another kind or unsafe."""
+    zipped = zipfile.is_zipfile(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if zipped and _is_program(path):
+            if not trust_pickle:
+                raise UnpicklingError("GLOBAL TorchScript")
+            return dict(torch.jit.load(path, map_location="cpu").state_dict())
+        with torch.serialization.safe_globals(_harmless()):
+            try:
+                held = torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=zipped)
+            except UnpicklingError as error:  # it names the first class; of most files all can be had
+                if zipped and (unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+                    raise UnpicklingError("".join(f"GLOBAL {name} " for name in unsafe)) from error
+                raise
     except Exception as error:  # torch raises just anything for files that are something else
-        culprits = re.findall(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else []
-        if culprits and zipfile.is_zipfile(path):  # above is the first; here all can be had
-            culprits = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if not culprits:
-            reason = str(error).splitlines()[0] if isinstance(error, OSError | safetensors.SafetensorError) else ""
+        found = re.findall(r"(?:GLOBAL|got <class) '?([\w.]+)", str(error))
+        if found and isinstance(error, UnpicklingError) and not trust_pickle:
             raise NecoError(
-                f"{path} cannot be read as weights (.pth, .pt, .ckpt, .safetensors): "
-                f"{reason or 'it is damaged or something else'}"
+                f"{path} needs pickle, which can run any code, for: {', '.join(found)}. If you trust where it comes "
+                "from: trust_pickle=true"
             ) from error
+        told = trust_pickle or isinstance(error, OSError | safetensors.SafetensorError)
         raise NecoError(
-            f"{path} needs pickle, which can run any code, for: {', '.join(culprits)}. If you trust it, "
-            f'convert it once: python -c "{CONVERT.format(path)}"'
+            f"{path} cannot be read as weights (.pth, .pt, .ckpt, .safetensors): "
+            f"{(told and str(error).partition(chr(10))[0]) or 'it is damaged or something else'}"
         ) from error
     if not isinstance(held, dict):
         raise NecoError(f"{path} cannot be read as weights: it holds a {type(held).__name__}, no tensors by name")
     return held
 
 
+def _is_program(path: Path) -> bool:
+    """Whether an archive is one of TorchScript."""
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _forget_default(*default: Any) -> dict[Any, Any]:
+    """A defaultdict without what it would call; the type is one that torch fills."""
+    return OrderedDict()
+
+
+@functools.cache
+def _harmless() -> list[Any]:
+    scalar = np.float64().__reduce__()[0]
+    known: list[Any] = [type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]]
+    known += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    known += [(PureWindowsPath, "pathlib.WindowsPath"), (_forget_default, "collections.defaultdict")]
+    for name in HARMLESS:
+        module, _, attribute = name.rpartition(".")
+        with contextlib.suppress(ImportError, AttributeError):  # not installed, or not in this version
+            known.append((getattr(importlib.import_module(module), attribute), name))
+    return known
+
+
 def recognise(held: Mapping[str, Tensor], source: str = "file") -> tuple[str, dict[str, str]]:
-    """Name of the layout and, for each network found in it, what its keys begin with."""
-    prefixes = [key.removesuffix(LANDMARK) for key in held if key.endswith(LANDMARK)]
+    """Name of the layout and, for each network found in it, what its keys begin with; the authors' choice first."""
+    prefixes = [key[: found.start()] for key in held if (found := re.search(LANDMARK, key))]
     for layout in FORMATS:
-        found = {r: [p for p in prefixes if re.fullmatch(pattern, p)] for r, pattern in layout.networks.items()}
-        if any(len(places) > 1 for places in found.values()):
-            raise NecoError(f"{source} holds several networks that could be meant: {found}")
-        if all(found.values()):
-            return layout.name, {role: places[0] for role, places in found.items()}
+        places = {r: [p for p in prefixes if re.fullmatch(pattern, p)] for r, pattern in layout.networks.items()}
+        if not any(places.values()) or not any(re.search(layout.sign, key) for key in held):
+            continue
+        if any(len(several) > 1 for several in places.values()):
+            raise NecoError(f"{source} holds several networks that could be meant: {places}")
+        return layout.name, {role: place[0] for role, place in places.items() if place}
     seen = ", ".join([*prefixes][:5]) or ", ".join([*held][:5]) or "no tensors"
-    raise NecoError(f"{source} has no layout that is known here: no ViT's {LANDMARK} where one was looked for ({seen})")
+    raise NecoError(f"{source} has no layout that is known here: no patch embedding where a ViT has one ({seen})")
 
 
 def match(backbone: Backbone, held: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state of `backbone.net` from a network's tensors under any known names, and the keys that were ignored."""
     wanted: dict[str, Tensor] = backbone.net.state_dict()
-    state = {}
-    for key, value in held.items():
+    state: dict[str, Tensor] = {}
+    for given, value in held.items():
+        key = given
         for pattern, name in RENAMES:
-            key = re.sub(f"^{pattern}$", name, key)
-        state[key] = value
+            key = re.sub(pattern, name, key)
+        if key not in wanted:
+            key = next((other for pattern, name in EVA if (other := re.sub(pattern, name, key)) in wanted), key)
+        if key in state:
+            raise NecoError(f"{where} holds {key} twice, once as {given}")
+        state[key] = value[(None,) * (3 - value.ndim)] if key in ("cls_token", "pos_embed") else value
+    zero = _attention(state, wanted)
     reasons = (*IGNORABLE, DROPPED) if backbone.spec["registers"] == "drop" else IGNORABLE
     ignored = {key: why for key in sorted(set(state) - set(wanted)) for keys, why in reasons if re.fullmatch(keys, key)}
     state = {key: value for key, value in state.items() if key not in ignored}
+    ignored |= dict.fromkeys(zero, "zero, and the network has none")
     pos = state.get("pos_embed")
     if pos is not None and backbone.net.no_embed_class and "cls_token" in state and _side(pos.shape[1] - 1):
         # timm keeps no position for CLS beside registers: x + pos is the same with the sum as the token
@@ -229,6 +360,33 @@ def match(backbone: Backbone, held: Mapping[str, Tensor], where: str) -> tuple[d
     return state, ignored
 
 
+def _attention(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Give queries, keys and values the arrangement of the network, in place; biases left out because they are zero.
+
+    Files hold one matrix or three, and one bias, three or two: keys need none.
+    """
+    zero = []
+    for attn in [key.removesuffix("q_proj.weight") for key in state if key.endswith(".attn.q_proj.weight")]:
+        if f"{attn}qkv.weight" in wanted:
+            biases = [state.pop(f"{attn}{part}_proj.bias", None) for part in "qkv"]
+            state[f"{attn}qkv.weight"] = torch.cat([state.pop(f"{attn}{part}_proj.weight") for part in "qkv"])
+            if (given := next((bias for bias in biases if bias is not None), None)) is not None:
+                state[f"{attn}qkv.bias"] = torch.cat([torch.zeros_like(given) if b is None else b for b in biases])
+    for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
+        bias, mask = state[key], state.pop(f"{key}_mask", None)
+        if mask is not None:  # DINOv3 hub: 0 for the keys, where the bias may be anything
+            state[key] = bias = torch.where(mask == 0, 0, bias)
+        queries, keys, values = bias.chunk(3)
+        own = key.removesuffix("qkv.bias")
+        if key not in wanted and not bias.any():
+            zero.append(key)
+            del state[key]
+        elif f"{own}q_bias" in wanted and key not in wanted and not keys.any():
+            del state[key]
+            state |= {f"{own}q_bias": queries, f"{own}v_bias": values}
+    return zero
+
+
 def _side(tokens: int) -> int:
     """Side of the square grid with that many tokens, or 0."""
     side = math.isqrt(tokens)
@@ -236,11 +394,16 @@ def _side(tokens: int) -> int:
 
 
 def _hint(backbone: Backbone, state: Mapping[str, Tensor]) -> str:
-    net = backbone.net
+    net, name = backbone.net, backbone.spec["name"]
     if ("reg_token" in state) != (net.reg_token is not None):
         return "\nfile and model differ in registers: dinov2_* has none, dinov2r_* keeps, dinov2r_xr_* drops them"
-    pos, patch = state.get("pos_embed"), state[LANDMARK].shape == net.patch_embed.proj.weight.shape
-    if patch and pos is not None and net.pos_embed is not None and pos.shape[1] != net.pos_embed.shape[1]:
+    if "_dinov3." in name and "blocks.0.attn.qkv.bias" in state:
+        return f"\nthe file's queries and values have biases: model.name={name.replace('_dinov3.', '_dinov3_qkvb.')}"
+    if "norm.weight" not in state:
+        return "\nthe file has no norm of patches, as after fine-tuning with mean pooling: take the pretrained one"
+    pos, patch = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    fits = patch is not None and patch.shape == net.patch_embed.proj.weight.shape
+    if fits and pos is not None and net.pos_embed is not None and pos.shape[1] != net.pos_embed.shape[1]:
         side = _side(pos.shape[1]) or _side(pos.shape[1] - 1)
         return f"\nthe file's positions are for model.size={side * backbone.patch} (inputs may have any size)"
     return ""
@@ -249,7 +412,7 @@ def _hint(backbone: Backbone, state: Mapping[str, Tensor]) -> str:
 def _flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
     if isinstance(tree, Tensor):
         return {path: tree}
-    items = tree.items() if isinstance(tree, Mapping) else ()
+    items = tree.items() if isinstance(tree, dict) else ()  # no other mapping: OmegaConf's would resolve what it holds
     return {k: v for key, value in items for k, v in _flatten(value, f"{path}.{key}".lstrip(".")).items()}
 
 
@@ -261,39 +424,57 @@ def _unreachable(what: str, error: Exception) -> NecoError:
 
 
 def _from_hub(name: str) -> Path:
-    """The weights file of timm's model `name`, from the Hugging Face cache or hub."""
+    """The weights file of timm's model `name`."""
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
         raise NecoError(f"weights hub: timm knows no published weights for {name}; give its name with a tag, or a file")
-    place = config.hf_hub_id, config.hf_hub_filename or "model.safetensors"
-    cached = try_to_load_from_cache(*place)
+    return _from_hugging_face(config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
+
+
+def _from_hugging_face(repository: str, file: str, revision: str = "main") -> Path:
+    """A file of a repository, from the cache of its client or through it, with the token of whoever is logged in."""
+    cached = try_to_load_from_cache(repository, file, revision=revision)
     if isinstance(cached, str):
         return Path(cached)
-    try:
-        get_hf_file_metadata(hf_hub_url(*place), timeout=10)  # one look: the download itself retries for half a minute
-        return Path(hf_hub_download(*place))
+    try:  # one look first: the download itself retries for half a minute
+        get_hf_file_metadata(hf_hub_url(repository, file, revision=revision), timeout=10)
+        return Path(hf_hub_download(repository, file, revision=revision))
     except Exception as error:  # of the client's HTTP library, which it has changed
-        raise _unreachable(f"{name} from {config.hf_hub_id}", error) from error
+        raise _unreachable(f"{file} from {repository}", error) from error
+
+
+def cache_of(url: str) -> Path:
+    """Where the file behind a URL is kept: in torch's hub folder, under its name and a hash of the URL."""
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(urlparse(url).path).name}"
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
 def _download(url: str) -> Path:
-    """The file behind a URL, kept in torch's hub folder under its name and a hash of the URL."""
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(urlparse(url).path).name}"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    """The file behind a URL, downloaded once.
+
+    A name that ends in the beginning of its SHA-256, as torch's hub has it (`name-0123abcd.pth`), is checked.
+    """
+    path = cache_of(url)
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder) / name
-        try:
-            with urlopen(url, timeout=10) as response, part.open("wb") as file:
-                length = int(response.headers.get("Content-Length") or 0)
-                blocks = iter(lambda: response.read(1 << 20), b"")
-                for block in track(blocks, f"downloading {name}", total=math.ceil(length / (1 << 20)) or None):
-                    file.write(block)
-        except (OSError, HTTPException) as error:
-            raise _unreachable(url, error) from error
-        if length and part.stat().st_size != length:
-            raise _unreachable(url, EOFError(f"{part.stat().st_size} of {length} bytes came"))
-        part.replace(path)
+    digest = re.search(r"-([0-9a-f]{8,64})\.\w+$", path.name[8:])
+    try:
+        with alone(path), transfers() as bar:
+            report = bar(path.name, None)
+
+            def show(done: int, total: int | None) -> None:
+                interrupt.check()
+                report(done, total)
+
+            if path.exists():  # another process was at it
+                return path
+            part = fetch(url, path, show, pinned=digest is not None, tries=2)
+            with part.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest and not found.startswith(digest[1]):
+                part.unlink()
+                raise NecoError(f"its SHA-256 is {found} instead of {digest[1]}...")
+            part.replace(path)
+    except (NecoError, OSError) as error:
+        raise _unreachable(url, error) from error
     return path

@@ -40,7 +40,7 @@ def prepare(settings: Settings) -> Job:
         other = replace(settings, run=replace(settings.run, checkpoint=beside, weights="auto"))
         beside, _ = call(source_of_weights, "compare", settings=other)
     model = settings.config["model"]
-    if (trained := trained_model(source)) and not settings.chosen("model"):
+    if (trained := trained_model(source, settings.run.trust_pickle)) and not settings.chosen("model"):
         model = trained
     network = outline(model)
     dataset = settings.build("dataset")
@@ -63,7 +63,8 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
         log.info("evaluation  %s on %s, %s", job.chosen, settings.choices["dataset"], device_name(job.device))
         torch.manual_seed(settings.run.seed)
         backbone = build(job.model, "model")
-        report = weights.load(backbone, job.source, job.which)
+        trust = settings.run.trust_pickle
+        report = weights.load(backbone, job.source, job.which, trust_pickle=trust)
         log.info("%s: %s", job.model["name"], report)
         store = results.Results(output, writes=leads)
         loggers = settings.build_all("logger", folder=output, step=0) if leads else {}
@@ -72,7 +73,8 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
         networks = {network: backbone.to(job.device)}
         if job.beside:
             other = build(job.model, "model")
-            log.info("compared    %s", weights.load(other, None if job.beside == "own" else job.beside))
+            beside = None if job.beside == "own" else job.beside
+            log.info("compared    %s", weights.load(other, beside, trust_pickle=trust))
             networks = {"compared": other.to(job.device), **networks}
         found = measure(settings, store, networks, job.dataset, name, job.device, loggers=loggers.values())
         for logger in loggers.values():

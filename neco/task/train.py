@@ -193,7 +193,11 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
 
     torch.manual_seed(settings.run.seed)
     backbone = settings.build("model", drop_path=options.drop_path)
-    start = f"step {done} of {resume}" if resume else str(weights.load(backbone, *source_of_weights(settings)))
+    if resume:
+        start = f"step {done} of {resume}"
+    else:
+        trust = settings.run.trust_pickle
+        start = str(weights.load(backbone, *source_of_weights(settings), trust_pickle=trust))
     module = _module(settings, backbone, options, job.views, plan.steps)
     module.saved = saved
     loggers = settings.build_all("logger", folder=output, step=done) if leads else {}
