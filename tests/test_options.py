@@ -116,21 +116,6 @@ def test_experiment_trains_with_the_tiny_backbone_in_its_place(train, name):
     chosen = config.load(f"experiment={name}")
     assert chosen.run.task == "train"
     if chosen.choices["dataset"] == "shapes":
-        assert losses(train(f"experiment={name}", "train.steps=1"))
+        assert losses(train(f"experiment={name}", "train.steps=2"))
     else:
-        assert losses(train(f"experiment={name}", "model=tiny", "dataset=shapes", "dataset.train=12", "train.steps=1"))
-
-
-def test_preset_of_the_paper_says_what_the_paper_says():
-    chosen = config.load("experiment=neco_dinov2r_vits14")
-    train, optim = chosen.spine["train"], chosen.spine["optim"]
-    assert (train.epochs, train.batch_size, train.momentum, train.drop_path) == (25, 64, (0.9995, 1.0), 0.1)
-    assert (optim.lr, optim.head_lr, optim.weight_decay) == (1e-5, 1e-4, (0.04, 0.5))
-    loss = chosen.build("loss")
-    assert (loss.references, loss.queue_size, loss.grid, loss.network) == ("queue", 8192, 7, "bitonic")
-    assert (loss.student_steepness, loss.teacher_steepness) == (100, 100)
-    views = chosen.build("augment").resolve(14, 518)
-    assert views.sizes == [(518, 518)] * 2 + [(98, 98)] * 4
-    assert chosen.config["model"]["name"] == "vit_small_patch14_reg4_dinov2.lvd142m" and chosen.run.seed == 400
-    head = chosen.build("head", dim=384)
-    assert [layer.out_features for layer in head.layers[::2]] == [2048, 2048, 256]
+        assert losses(train(f"experiment={name}", "model=tiny", "dataset=shapes", "dataset.train=12", "train.steps=2"))
