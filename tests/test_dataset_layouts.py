@@ -108,14 +108,28 @@ LABELLED = [option for option, name in ONE.items() if option not in ("coco", "im
 @pytest.mark.parametrize("option", LABELLED)
 def test_labelled_data_set_is_evaluated(tmp_path, inside, option):
     built = LAYOUTS[ONE[option]](tmp_path / "data")
+    chosen = ["retrieval", "linear", "overcluster"]
+    light = [f"eval.{name}.size=32" for name in chosen] + ["eval.retrieval.augment=none", "eval.retrieval.k=3"]
+    light += ["eval.linear.epochs=1", "eval.overcluster.k=5", "eval.overcluster.seeds=[0]"]
+    if option == "voc":
+        chosen += ["attention", "unsupervised"]
+        light += ["eval.attention.size=32", "eval.unsupervised.size=32", "eval.unsupervised.k=5"]
+        light += ["eval.unsupervised.k_community=4", "eval.unsupervised.seeds=[0]"]
+    else:
+        code, text = inside(
+            "task=eval", "weights=none", f"dataset={option}", f"dataset.root={built.root}", "eval=attention"
+        )
+        assert code == 2 and "has no class called background" in text
     code, text = inside(
         "task=eval", "weights=none", f"dataset={option}", f"dataset.root={built.root}", "run_dir=run", "logger=[]",
-        "eval=[retrieval]", "eval.retrieval.size=32", "eval.retrieval.augment=none", "eval.retrieval.k=3",
+        f"eval=[{','.join(chosen)}]", *light,
         "extract.workers=0", "extract.cache_dir=null",
     )  # fmt: skip
     assert code == 0, text
-    (record,) = json.loads((tmp_path / "run/results.json").read_text())
-    assert record["dataset"] == option and 0 <= record["metrics"]["miou_k3"] <= 1
+    records = json.loads((tmp_path / "run/results.json").read_text())
+    assert [record["evaluation"] for record in records] == chosen
+    assert all(record["dataset"] == option for record in records)
+    assert all(0 <= value <= 1 for record in records for value in record["metrics"].values())
 
 
 def said(built, split="train", **keys) -> str:

@@ -297,6 +297,10 @@ def test_the_cache_misses_whatever_changes_features(dataset: Files, tmp_path: Pa
     Image.fromarray(np.array(Image.open(path)) // 2).save(path)
     assert missed()
     assert not missed()
+    times, content = path.stat(), bytearray(path.read_bytes())
+    path.write_bytes(content)  # as many bytes, the old time
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns and missed()
 
 
 def test_backbones_without_weights_are_not_kept(dataset: Files, tmp_path: Path) -> None:

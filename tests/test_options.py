@@ -21,7 +21,8 @@ def test_groups_and_packages_are_the_same_tree():
     for path in CONF.glob("*/[!_]*.yaml"):
         group, node = path.parent.name, yaml.safe_load(path.read_text()) or {}
         if "_target_" not in node:
-            assert group in ("task", "experiment"), f"{path} names no class"
+            bases = [base for base in node.get("defaults", []) if str(base).endswith("@_here_")]
+            assert bases or group in ("task", "experiment", "sweep"), f"{path} names no class"
         else:
             assert node["_target_"].startswith(f"neco.{group}."), path
             assert locate(node["_target_"])
@@ -75,8 +76,9 @@ def test_eval_runs_before_and_after(train, name):
         "linear": ["eval.linear.epochs=2"],
         "overcluster": ["eval.overcluster.seeds=[0]", "eval.overcluster.restarts=1"],
         "retrieval": ["eval.retrieval.k=3"],
-        "unsupervised": [f"eval.unsupervised.{k}" for k in ("k=20", "k_community=10", "seeds=[0]", "restarts=1")],
     }
+    few = ("k=20", "k_community=10", "seeds=[0]", "restarts=1")
+    light |= {key: [f"eval.{key}.{k}" for k in few] for key in options("eval") if key.startswith("unsupervised")}
     folder = train(f"eval={name}", "train.steps=1", "dataset.val=8", *light.get(name, []))
     records = json.loads((folder / "results.json").read_text())
     assert {(r["step"], r["network"]) for r in records} == {(s, n) for s in (0, 1) for n in ("student", "teacher")}

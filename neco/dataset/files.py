@@ -42,6 +42,11 @@ def stamp(ref: Ref) -> tuple[str, int, int]:
     return ref, status.st_size, status.st_mtime_ns
 
 
+def touched(ref: Ref) -> int:
+    """When a file, or the archive it is in, was last written or replaced, in nanoseconds: no program can set it back."""
+    return Path(ref.archive if isinstance(ref, Member) else ref).stat().st_ctime_ns
+
+
 def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
     """All folders below one, itself included, and what lies in them, without hidden files.
 

@@ -54,6 +54,7 @@ class Attention:
 
     def __init__(self, *, size: Size | None = None, mass: PositiveFraction = 0.6, clean: bool = True) -> None:
         self.size, self.mass, self.clean = size, mass, clean
+        self.attends = True  # needs the attention of a CLS token
 
     def plan(self, patch: int, dataset: Dataset) -> tuple[tuple[int, int], int, list[Sample]]:
         """Size of the input, the background class, and the images.

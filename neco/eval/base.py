@@ -22,7 +22,7 @@ from torchvision.transforms import functional as colour
 
 from neco import interrupt
 from neco.dataset.base import Dataset, Sample, read_image, read_label, same_frame, stored_size
-from neco.dataset.files import stamp
+from neco.dataset.files import stamp, touched
 from neco.errors import NecoError
 from neco.eval.cache import Cache, Entry, Spec
 from neco.eval.metrics import Compat
@@ -412,7 +412,7 @@ class Extract:
             "normalisation": (MEAN, std),
             "size": sides(size),
             "draw": asdict(draw) if draw else None,
-            "samples": [(sample.key, *stamp(sample.image)) for sample in samples],
+            "samples": [(sample.key, *stamp(sample.image), touched(sample.image)) for sample in samples],
             "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},
             "source": [hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in sorted(sources)],
         }

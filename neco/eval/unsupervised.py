@@ -175,6 +175,7 @@ class Unsupervised:
         self.compat, self.size, self.pca, self.k = compat, size, pca, k
         self.mass, self.masks = mass, Path(masks).expanduser() if masks else None
         self.precisions = (precision,) if precision else PRECISIONS if compat == "reference" else (PRECISION,)
+        self.attends = self.masks is None  # needs the attention of a CLS token
         self.given = Parameters(k_community, markov_time, threshold)
         self.method, self.modules = method, modules
         self.search, self.seeds = search, seeds

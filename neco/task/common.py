@@ -26,6 +26,7 @@ from neco.errors import NecoError
 from neco.eval.base import Result, input_size, size_name
 from neco.eval.pictures import shown
 from neco.model import last_checkpoint
+from neco.model.backbone import Attention, Backbone
 from neco.model.weights import Which, locate, weights_hash
 from neco.results import Results
 from neco.training import memory
@@ -97,15 +98,16 @@ def outline(model: Mapping[str, Any] | None) -> Any:
         return build(model, "model")
 
 
-def check_evaluations(settings: Settings, dataset: Dataset, patch: int) -> str:
+def check_evaluations(settings: Settings, dataset: Dataset, network: Backbone) -> str:
     """The selected evaluations with their input sizes, for people; lists the files of the data set and tries a few.
 
     Raises NecoError for what would end one of them.
     """
-    sizes = {
-        name: call(evaluation.plan, f"eval.{name}", patch=patch, dataset=dataset)[0]
-        for name, evaluation in settings.build_all("eval").items()
-    }
+    sizes = {}
+    for name, evaluation in settings.build_all("eval").items():
+        sizes[name] = call(evaluation.plan, f"eval.{name}", patch=network.patch, dataset=dataset)[0]
+        if getattr(evaluation, "attends", False):
+            call(Attention, f"eval.{name}", backbone=network)
     for split in ("train", "val"):
         if dataset.listed(split):
             for why in inspect(dataset, split, looks=8, seconds=2).bad.values():

@@ -48,7 +48,7 @@ def prepare(settings: Settings) -> Job:
         raise NecoError("eval=[]: nothing to evaluate; choose for example eval=[retrieval,overcluster]")
     if not dataset.classes:
         raise NecoError(f"dataset={settings.choices['dataset']} has no labels, so nothing can be evaluated on it")
-    chosen = check_evaluations(settings, dataset, network.patch)
+    chosen = check_evaluations(settings, dataset, network)
     return Job(dataset, model, source, which, beside, device, chosen)
 
 

@@ -119,7 +119,7 @@ def prepare(settings: Settings) -> Job:
         log.info("no evaluations: %s has no labels; name a labelled set with dataset@val_dataset=NAME", val_name)
         val = None
     elif settings.config["eval"]:
-        chosen = check_evaluations(settings, val, network.patch)
+        chosen = check_evaluations(settings, val, network)
     else:
         val = None
     if options.monitor:
