@@ -20,6 +20,7 @@ USAGE = """neco: dense post-training of vision transformers, and what it does to
 examples
   python -m neco task=train dataset=coco model=dinov2r_vits14 dataset@val_dataset=camvid
   python -m neco task=eval checkpoint=runs/my_run weights=teacher dataset=camvid eval=[retrieval,overcluster]
+  python -m neco task=finetune checkpoint=runs/my_run dataset=camvid finetune.decoder=linear
   python -m neco -m task=eval model=dinov2_vits14,dino_vits16 dataset=camvid eval=overcluster eval.overcluster.k=11,300
 
 """

@@ -13,10 +13,10 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import yaml
-from annotated_types import MinLen
+from annotated_types import Ge, Le, MinLen
 
 from neco.errors import NecoError
 from neco.values import (
@@ -32,29 +32,22 @@ from neco.values import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
-    """How long, what and how is trained; from `workers` on, nothing can change results (`resume` may)."""
+class Training:
+    """What the nodes of all trainings have in common. `node` is the name of the node."""
 
+    node: ClassVar[str]
     epochs: Positive
     steps: Positive | None
     batch_size: Positive | Literal["auto"]
     accumulate: Positive
     devices: Positive
     nodes: Positive
-    strategy: Literal["ddp", "fsdp"]
     drop_path: Fraction
-    teacher: Literal["ema", "none", "frozen", "head_ema"]
-    momentum: tuple[Fraction, Fraction]
     clip: PositiveFloat | None
     precision: Literal["auto", "fp32", "bf16"]
-    blocks: Literal["all"] | NonNegative | list[int]
-    embeddings: Literal["auto"] | bool
-    lora_rank: NonNegative
-    lora_alpha: PositiveFloat
     workers: NonNegative
     resume: str
     eval_epochs: NonNegative
-    monitor: str | None
     patience: Positive | None
     save_epochs: NonNegative
     save_minutes: PositiveFloat
@@ -62,10 +55,6 @@ class Train:
     checkpoint_activations: bool
 
     def __post_init__(self) -> None:
-        if self.patience and not self.monitor:
-            raise NecoError(f"patience={self.patience} waits for monitor=EVALUATION/NETWORK/METRIC to rise: set that")
-        if self.lora_rank and self.strategy == "fsdp":
-            raise NecoError("strategy=fsdp with lora_rank: what adapters train needs no sharding, use strategy=ddp")
         parts = f"accumulate={self.accumulate} x devices={self.devices} x nodes={self.nodes}"
         if self.batch_size != "auto" and self.batch_size % (self.accumulate * self.processes):
             raise NecoError(f"batch_size={self.batch_size} cannot be split into {parts} equal parts")
@@ -88,14 +77,64 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Training):
+    """How long, what and how is post-trained."""
+
+    node = "train"
+    strategy: Literal["ddp", "fsdp"]
+    teacher: Literal["ema", "none", "frozen", "head_ema"]
+    momentum: tuple[Fraction, Fraction]
+    blocks: Literal["all"] | NonNegative | list[int]
+    embeddings: Literal["auto"] | bool
+    lora_rank: NonNegative
+    lora_alpha: PositiveFloat
+    monitor: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patience and not self.monitor:
+            raise NecoError(f"patience={self.patience} waits for monitor=EVALUATION/NETWORK/METRIC to rise: set that")
+        if self.lora_rank and self.strategy == "fsdp":
+            raise NecoError("strategy=fsdp with lora_rank: what adapters train needs no sharding, use strategy=ddp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finetune(Training):
+    """How a backbone is fine-tuned for segmentation, and by which windows it is evaluated."""
+
+    node = "finetune"
+    strategy: ClassVar[Literal["ddp"]] = "ddp"
+    monitor: ClassVar[str] = "segmentation/segmenter/miou"
+    batch_size: Positive
+    decoder: Literal["mask_transformer", "linear"]
+    decoder_layers: Positive
+    decoder_dropout: Decay
+    crop: Positive | None
+    side: Positive | Literal["image"] | None
+    stride: Positive | None
+    scale: tuple[PositiveFloat, PositiveFloat]
+    flip: Fraction
+    jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Ge(0), Le(0.5)]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale[0] > self.scale[1]:
+            raise NecoError(f"scale={[*self.scale]}: the lower end comes first")
+
+
+Trainings = Train | Finetune
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW, its learning rates (cosine to 0) and weight decay (cosine from the first to the second value)."""
+    """AdamW, its learning rates (to 0: cosine or, with a power, (1 - part done)^power) and weight decay (cosine)."""
 
     lr: NonNegativeFloat
     head_lr: NonNegativeFloat
     layer_decay: PositiveFraction
     weight_decay: tuple[NonNegativeFloat, NonNegativeFloat]
     betas: tuple[Decay, Decay]
+    power: PositiveFloat | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +155,7 @@ class Run:
     compare: str | None = None
 
 
-SPINE: dict[str, type] = {"train": Train, "optim": Optim}
+SPINE: dict[str, type] = {"train": Train, "finetune": Finetune, "optim": Optim}
 LEAVES = ("model", "augment", "dataset", "val_dataset", "loss", "head", "extract")
 LISTS = ("eval", "logger")
 LOGGER = ("folder", "step")  # what a logger is given at run time

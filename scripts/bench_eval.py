@@ -89,6 +89,8 @@ class Given(Extract):
     """What `Extract` yields, from `Scenes`."""
 
     def stream(self, backbone: Any, dataset: Any, samples: Sequence[Sample], *_: Any, **how: Any) -> Iterator[Any]:
+        if not samples:
+            return
         features, masks = dataset.kept[samples[0].key.partition("/")[0]]
         for start in range(0, len(samples), self.batch_size):
             rows = slice(start, min(len(samples), start + self.batch_size))

@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -91,6 +92,13 @@ SMALL = (  # a run of seconds: few small images, a small head, no evaluation
 )  # fmt: skip
 
 
+FEW = (  # the same of task=finetune
+    "task=finetune", "dataset.train=12", "dataset.val=4", "finetune.crop=32", "finetune.side=48",
+    "finetune.batch_size=4", "finetune.workers=0", "extract.workers=0", "finetune.log_steps=1",
+    "weights=none", "optim.lr=1e-3", "optim.head_lr=1e-3", "finetune.steps=4",
+)  # fmt: skip
+
+
 def losses(folder: Path, column: str = "loss") -> list[float]:
     """A column of a run's metrics.csv."""
     with (folder / "metrics.csv").open(newline="") as file:
@@ -104,11 +112,27 @@ def train(tmp_path: Path, cache: Path):
     def run(*overrides: str, folder: str = "run") -> Path:
         from neco.task import train as task
 
-        output = tmp_path / folder
         drawn = not any(override.startswith("dataset=") and override != "dataset=shapes" for override in overrides)
         small = [override for override in SMALL if drawn or not override.startswith("dataset.")]
-        wanted = config.load(*small, f"cache_dir={cache}", f"run_dir={output}", *overrides)
-        task.main(wanted, task.prepare(wanted), output)
-        return output
+        return perform(task, tmp_path / folder, cache, *small, *overrides)
 
     return run
+
+
+@pytest.fixture
+def finetune(tmp_path: Path, cache: Path):
+    """`finetune("key=value", ..., folder=...)` runs task=finetune in this process; returns the run folder."""
+
+    def run(*overrides: str, folder: str = "run") -> Path:
+        from neco.task import finetune as task
+
+        return perform(task, tmp_path / folder, cache, *FEW, *overrides)
+
+    return run
+
+
+def perform(task: ModuleType, output: Path, cache: Path, *overrides: str) -> Path:
+    """Run a task in this process; returns the run folder."""
+    wanted = config.load(*overrides, f"cache_dir={cache}", f"run_dir={output}")
+    task.main(wanted, task.prepare(wanted), output)
+    return output

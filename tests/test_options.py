@@ -1,7 +1,9 @@
 """Every option of every group is reachable and runs on tiny data; a new option is tested by existing."""
 
+import importlib
 import json
 import time
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -29,6 +31,20 @@ def test_groups_and_packages_are_the_same_tree():
     assert {p.stem for p in (CONF / "task").glob("*.yaml")} <= {
         p.stem for p in (CONF.parent / "neco/task").glob("*.py")
     }
+
+
+@pytest.mark.parametrize("name", options("task"))
+def test_task_has_its_keys_and_its_two_parts(name):
+    chosen, task = config.load(f"task={name}"), importlib.import_module(f"neco.task.{name}")
+    assert chosen.run.task == name and callable(task.prepare) and callable(task.main)
+    node = yaml.safe_load((CONF / "task" / f"{name}.yaml").read_text()).get(name)
+    assert (node is None) == (name not in config.SPINE) and (node is None or chosen.spine[name].node == name)
+
+
+@pytest.mark.parametrize("decoder", get_args(get_type_hints(config.Finetune)["decoder"]))
+def test_decoder_trains(finetune, decoder):
+    found = losses(finetune(f"finetune.decoder={decoder}", "finetune.steps=2"))
+    assert len(found) == 2 and all(torch.isfinite(torch.tensor(found)))
 
 
 @pytest.mark.parametrize("name", options("loss"))

@@ -21,6 +21,17 @@ def test_cosine_equals_the_published_array():
         np.testing.assert_allclose(ours, published_cosine(first, last, total), rtol=0, atol=1e-15)
 
 
+def test_polynomial_equals_torch():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1e-4)
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=9, power=0.9)
+    for step in range(9):
+        np.testing.assert_allclose(optim.polynomial(1e-4, step, 9, 0.9), scheduler.get_last_lr()[0], rtol=1e-12)
+        optimizer.step()
+        scheduler.step()
+    assert abs(optim.polynomial(1.0, 3, 4, 0.9) - 0.2871745887) < 1e-9
+
+
 def test_groups_cover_every_trainable_parameter_once():
     backbone, head, loss = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), nn.Linear(4, 2), nn.Module()
     loss.prototypes = nn.Parameter(torch.zeros(5, 2))
@@ -77,6 +88,8 @@ def test_schedule_sets_rates_and_decay_by_group():
     assert abs(groups["backbone"]["lr"] - 0.5e-5) < 1e-12 and abs(groups["head"]["lr"] - 0.5e-4) < 1e-12
     assert abs(groups["head"]["weight_decay"] - 0.27) < 1e-12
     assert groups["head/no_decay"]["weight_decay"] == 0
+    optim.schedule(optimizer, 3, 4, (0.04, 0.5), power=0.9)
+    assert abs(groups["backbone"]["lr"] - 0.2871745887e-5) < 1e-14
 
 
 def test_follow_is_the_moving_average():

@@ -52,7 +52,7 @@ CASES = {  # overrides -> trained blocks, embeddings, final norm
 }
 
 
-@pytest.mark.parametrize("name", ["tiny", "dinov2r_vits14", "dinov3_vits16", "clip", "eva02"])
+@pytest.mark.parametrize("name", ["tiny", "dinov2r_vits14", "dinov3_vits16", "clip_vitb16", "eva02"])
 @pytest.mark.parametrize("overrides", CASES)
 def test_what_trains(overrides, name):
     blocks, embeddings, norm = CASES[overrides]

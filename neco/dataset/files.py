@@ -43,7 +43,7 @@ def stamp(ref: Ref) -> tuple[str, int, int]:
 
 
 def touched(ref: Ref) -> int:
-    """When a file, or the archive it is in, was last written or replaced, in nanoseconds: no program can set it back."""
+    """When a file, or the archive it is in, was last written or replaced, in ns: no program can set it back."""
     return Path(ref.archive if isinstance(ref, Member) else ref).stat().st_ctime_ns
 
 

@@ -320,6 +320,8 @@ class Extract:
             keep: use the cache; not for what is drawn once and never again.
             what: is extracted, for the progress display.
         """
+        if not samples:
+            return
         spec = self._spec(backbone, samples, size, std, draw) if keep else None
         cached = self.cache.find(spec)
         items = _Items(dataset, samples, size, images=cached is None, nearest=nearest, draw=draw)

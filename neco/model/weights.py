@@ -54,6 +54,7 @@ class Format:
 # The first format with its sign and one of its networks is taken: the specific before the general.
 FORMATS = (
     Format("neco checkpoint", {r: rf"state_dict\.{r}\.backbone\.net\." for r in ("teacher", "student")}),
+    Format("fine-tuned neco checkpoint", {"only": r"state_dict\.segmenter\.backbone\.net\."}),
     Format(
         "MoCo v3",
         {r: rf"{ANY}{encoder}_encoder\." for r, encoder in (("student", "base"), ("teacher", "momentum"))},

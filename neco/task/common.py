@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from neco import devices, gallery
-from neco.config import Settings, Train, build, call
+from neco.config import Settings, Trainings, build, call
 from neco.dataset.base import Dataset, Sample
 from neco.dataset.files import stamp
 from neco.dataset.inspect import inspect
@@ -41,16 +41,18 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_devices(options: Train, device: torch.device) -> None:
+def check_devices(options: Trainings, device: torch.device) -> None:
     """Raises NecoError when there are fewer GPUs than asked for, or torchrun started another number of processes."""
     if device.type == "cuda" and options.devices > (there := torch.cuda.device_count()):
-        raise NecoError(f"train.devices={options.devices}: this machine has {there} GPUs")
+        raise NecoError(f"{options.node}.devices={options.devices}: this machine has {there} GPUs")
     if options.nodes > 1 and not {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & os.environ.keys():
-        raise NecoError(f"train.nodes={options.nodes}: start one process a device with torchrun or SLURM's srun")
+        raise NecoError(
+            f"{options.node}.nodes={options.nodes}: start one process a device with torchrun or SLURM's srun"
+        )
     if "TORCHELASTIC_RUN_ID" in os.environ and devices.launched() != options.processes:
         raise NecoError(
-            f"torchrun started {devices.launched()} processes, train.devices={options.devices} x "
-            f"train.nodes={options.nodes} asks for {options.processes}: make them equal"
+            f"torchrun started {devices.launched()} processes, {options.node}.devices={options.devices} x "
+            f"{options.node}.nodes={options.nodes} asks for {options.processes}: make them equal"
         )
 
 
@@ -125,14 +127,15 @@ def measure(
     step: int = 0,
     epoch: float = 0.0,
     loggers: Iterable[Any] = (),
+    evaluations: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the selected evaluations on each network and record them with all that the numbers depend on.
+    """Run evaluations (None: the selected ones) on each network, record them with all that the numbers depend on.
 
     Networks with equal weights are measured once. What is recorded already, at this step, with these weights, images
     and values of all keys, is kept. What an evaluation trains is written to `heads/`, named by the record as `saved`.
     Leaves modes and random state as they were. Returns the records.
     """
-    evaluations = settings.build_all("eval")
+    evaluations = settings.build_all("eval") if evaluations is None else evaluations
     node = settings.config["val_dataset" if settings.config.get("val_dataset") else "dataset"]
     node = {key: value for key, value in node.items() if key not in ("root", "masks", "index", "weight", "max_bad")}
     first: Any = next(iter(networks.values()))  # the others differ in their weights alone
@@ -140,7 +143,7 @@ def measure(
     for name, evaluation in evaluations.items():
         plan = evaluation.plan(patch=first.patch, dataset=dataset)
         plan = [[*map(_state, part)] if isinstance(part, list) else part for part in plan]
-        depends = settings.config["eval"][name], node, plan, settings.run.seed, getattr(first, "spec", None)
+        depends = settings.config["eval"].get(name), node, plan, settings.run.seed, getattr(first, "spec", None)
         asked[name] = hashlib.sha256(repr(depends).encode()).hexdigest()[:12]
     show, run = settings.run.show, store.path.parent
     some = shown(sorted(dataset.samples("val"), key=lambda sample: sample.key), show)
@@ -176,7 +179,8 @@ def measure(
                     logger.log_metrics(metrics, step)
             if show:
                 extract, size = settings.build("extract", device=device), input_size(None, 448, first.patch, dataset)
-                features = torch.from_numpy(np.array(extract(backbone, dataset, some, size, what="what is shown")))
+                own: Any = getattr(backbone, "backbone", backbone)  # of a segmenter
+                features = torch.from_numpy(np.array(extract(own, dataset, some, size, what="what is shown")))
                 if store.writes:
                     gallery.save_features(features, some, run, f"{network}-{step}", digest)
     if show and store.writes:

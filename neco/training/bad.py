@@ -14,8 +14,8 @@ from typing import Any
 import pytorch_lightning as pl
 
 from neco import devices
-from neco.dataset.base import Sample, read_image
-from neco.dataset.inspect import places
+from neco.dataset.base import Dataset, Sample, read_image
+from neco.dataset.inspect import places, read_pair
 from neco.errors import NecoError
 from neco.training.data import OTHERS
 
@@ -27,16 +27,16 @@ LOOKS, SECONDS = 48, 5.0  # images read of each part of the data, and how long t
 CHANCE = 1e-6  # that a data set within its limit is refused at the look
 
 
-def reason(sample: Sample) -> str | None:
-    """Why an image cannot be read; None where it can."""
+def reason(sample: Sample, labelled: Dataset | None = None) -> str | None:
+    """Why an image (of a labelled set: or its mask) cannot be read; None where it can."""
     try:
-        read_image(sample.image)
+        read_pair(labelled, sample) if labelled else read_image(sample.image)
     except NecoError as error:
         return str(error)
     return None
 
 
-def look(samples: Sequence[Sample], limits: Limits) -> None:
+def look(samples: Sequence[Sample], limits: Limits, labelled: Dataset | None = None) -> None:
     """Read a few images, spread evenly, in seconds. Raises NecoError where more than the limit are plainly unreadable.
 
     Plainly: if the limit was kept, so many of so few would be unreadable with a chance below one in a million.
@@ -46,7 +46,7 @@ def look(samples: Sequence[Sample], limits: Limits) -> None:
         own = [sample for sample in samples if sample.key.startswith(prefix)]
         bad: dict[str, str] = {}
         for looked, place in enumerate(places(len(own), LOOKS), 1):
-            if why := reason(own[place]):
+            if why := reason(own[place], labelled):
                 bad[own[place].key] = why
                 if chance(len(bad), looked, allowed, images) < CHANCE:
                     counted = f"{len(bad)} of {looked} images looked at"
@@ -77,16 +77,19 @@ class BadImages(pl.Callback):
     tried again: a disk that was away for a while leaves no trace. Several processes share the file.
     """
 
-    def __init__(self, folder: Path, samples: Sequence[Sample], limits: Limits) -> None:
+    def __init__(
+        self, folder: Path, samples: Sequence[Sample], limits: Limits, labelled: Dataset | None = None
+    ) -> None:
         self.path, self.samples, self.limits = folder / FILE, samples, limits
         self.known: set[str] = set()
         if devices.leader() and (listed := self._listed()):
             self.path.unlink()
-            self.note([(i, why) for i, s in enumerate(samples) if _line(s.key) in listed and (why := reason(s))])
+            again = (i for i, sample in enumerate(samples) if _line(sample.key) in listed)
+            self.note([(i, why) for i in again if (why := reason(samples[i], labelled))])
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self.note(batch["bad"])
-        if "crops" not in batch:
+        if len(batch) == 1:
             raise NecoError(f"{OTHERS} images that were to replace an unreadable one cannot be read: see {self.path}")
 
     def note(self, found: Sequence[tuple[int, str]]) -> None:

@@ -1,4 +1,4 @@
-"""Training input: which image at which position, and its views as uint8 tensors."""
+"""Training input: which image at which position, and what is drawn from it as uint8 tensors."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,8 +9,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from neco import devices, interrupt
+from neco.augment.joint import JointCrop
 from neco.augment.views import Views, batch_scale, view_rng
+from neco.dataset.base import Dataset as Labelled
 from neco.dataset.base import Sample, read_image
+from neco.dataset.inspect import read_pair
 from neco.errors import NecoError
 
 # Epoch, index of the sample (its second time in an epoch: index + number of samples, ...), number of the batch
@@ -74,15 +77,15 @@ class Positions(Sampler[list[Position]]):
             yield list(devices.share(positions))
 
 
-class MultiView(Dataset[dict[str, Any]]):
-    """The views of the image at a position, drawn from (seed, epoch, index) alone, at the scale of its batch.
+class Drawn(Dataset[dict[str, Any]]):
+    """What is drawn from the sample at a position: a function of (seed, epoch, index) and the number of the batch.
 
-    Where it cannot be read another image takes its place, itself a function of (seed, epoch, index) and the files; the
+    Where it cannot be read another one takes its place, itself a function of (seed, epoch, index) and the files; the
     item's `bad` holds (index, reason) of each that was tried in vain, and is all there is when none could be read.
     """
 
-    def __init__(self, samples: list[Sample], views: Views, seed: int) -> None:
-        self.samples, self.views, self.seed = samples, views, seed
+    def __init__(self, samples: list[Sample], seed: int) -> None:
+        self.samples, self.seed = samples, seed
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -92,18 +95,16 @@ class MultiView(Dataset[dict[str, Any]]):
         bad: list[tuple[int, str]] = []
         for number in self._candidates(epoch, index):
             try:
-                image = read_image(self.samples[number].image)
+                item = self.draw(self.samples[number], view_rng(self.seed, epoch, index), batch)
             except NecoError as error:  # raised here, the loader would wrap it into a traceback
                 bad.append((number, str(error)))
-                continue
-            params = self.views.sample(view_rng(self.seed, epoch, index), *image.shape[:2])
-            views = self.views.scaled(batch_scale(self.seed, batch, self.views.multi_scale))
-            global_views, local_views = views.apply(image, params)
-            item = {"global_views": global_views, "local_views": local_views, "crops": torch.as_tensor(params.crops)}
-            if views.teacher == "clean":
-                item["teacher_views"] = views.clean(image, params)
-            return {**item, "bad": bad}
+            else:
+                return {**item, "bad": bad}
         return {"bad": bad}
+
+    def draw(self, sample: Sample, rng: np.random.Generator, batch: int) -> dict[str, Any]:
+        """The item of a sample. Raises NecoError for one that cannot be read."""
+        raise NotImplementedError
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         yield index % len(self.samples)
@@ -111,11 +112,43 @@ class MultiView(Dataset[dict[str, Any]]):
         yield from np.random.Generator(philox).integers(len(self.samples), size=OTHERS).tolist()
 
 
+class MultiView(Drawn):
+    """The views of an image, at the scale of its batch."""
+
+    def __init__(self, samples: list[Sample], views: Views, seed: int) -> None:
+        super().__init__(samples, seed)
+        self.views = views
+
+    def draw(self, sample: Sample, rng: np.random.Generator, batch: int) -> dict[str, Any]:
+        image = read_image(sample.image)
+        params = self.views.sample(rng, *image.shape[:2])
+        views = self.views.scaled(batch_scale(self.seed, batch, self.views.multi_scale))
+        global_views, local_views = views.apply(image, params)
+        item = {"global_views": global_views, "local_views": local_views, "crops": torch.as_tensor(params.crops)}
+        if views.teacher == "clean":
+            item["teacher_views"] = views.clean(image, params)
+        return item
+
+
+class Scenes(Drawn):
+    """A crop of an image with its mask: uint8 `images` (3, S, S) and `masks` (S, S)."""
+
+    def __init__(self, dataset: Labelled, samples: list[Sample], crops: JointCrop, seed: int) -> None:
+        super().__init__(samples, seed)
+        self.dataset, self.crops = dataset, crops
+
+    def draw(self, sample: Sample, rng: np.random.Generator, batch: int) -> dict[str, Any]:
+        image, mask = read_pair(self.dataset, sample)
+        assert mask is not None  # unlabelled sets are refused before
+        pixels, label = self.crops(image, mask.astype(np.uint8), rng)
+        return {"images": torch.from_numpy(pixels).permute(2, 0, 1), "masks": torch.from_numpy(label)}
+
+
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Views stacked, `bad` joined; only `bad` where an item has no views."""
+    """Tensors stacked, `bad` joined; only `bad` where an item has no tensors."""
     bad = [found for item in items for found in item["bad"]]
-    views = [{name: value for name, value in item.items() if name != "bad"} for item in items]
-    return {**(default_collate(views) if all(views) else {}), "bad": bad}
+    tensors = [{name: value for name, value in item.items() if name != "bad"} for item in items]
+    return {**(default_collate(tensors) if all(tensors) else {}), "bad": bad}
 
 
 def worker_init(worker: int) -> None:
@@ -133,8 +166,8 @@ class Loader(DataLoader):
             return super().__iter__()
 
 
-def loader(data: MultiView, positions: Positions, workers: int, pin: bool) -> DataLoader:
-    """Batches of views, in the order of `positions` for any number of workers."""
+def loader(data: Drawn, positions: Positions, workers: int, pin: bool) -> DataLoader:
+    """Batches of items, in the order of `positions` for any number of workers."""
     return Loader(
         data,
         batch_sampler=positions,

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from neco import devices, interrupt, progress
-from neco.config import Train
+from neco.config import Trainings
 from neco.errors import NecoError
 from neco.training import memory
-from neco.training.module import PostTraining
+from neco.training.base import Module
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ class Plan:
     """How many steps a run has and at which of them something is due. An epoch is `images` images, in whole steps."""
 
     images: int
-    options: Train
+    options: Trainings
 
     def __post_init__(self) -> None:
-        if self.epoch(self.steps) > 1e6:
-            raise NecoError(f"train: {self.steps} steps are {self.epoch(self.steps):.3g} epochs, more than a million")
+        if (epochs := self.epoch(self.steps)) > 1e6:
+            raise NecoError(f"{self.options.node}: {self.steps} steps are {epochs:.3g} epochs, more than a million")
 
     @property
     def steps(self) -> int:
@@ -77,13 +77,17 @@ class Checkpoints:
             self.keep(temporary, keep_as)
         temporary.replace(self.last)
 
-    def set_aside(self, name: str, other: str) -> None:
-        """Another name for what is called `name`, if anything is."""
-        if (self.folder / name).exists():
-            (self.folder / name).replace(self.folder / other)
+    def set_aside(self, name: str, other: str) -> bool:
+        """Another name for what is called `name`, if anything but the last is; whether it was."""
+        path = self.folder / name
+        if found := path.exists() and not path.samefile(self.last):
+            path.replace(self.folder / other)
+        return found
 
     def keep(self, path: Path, name: str) -> None:
         """Another name for a checkpoint, under which it stays."""
+        if (self.folder / name).exists() and path.samefile(self.folder / name):
+            return  # renaming one name of a file to another of it does nothing, and the link would stay
         link = self.folder / f"{name}.tmp"
         link.unlink(missing_ok=True)
         os.link(path, link)
@@ -100,21 +104,24 @@ def together(values: dict[str, float], late: bool, asked: int | None) -> tuple[d
 class Loop(pl.Callback):
     """After each step, in this order: log, save, evaluate. Only the first is part of the measured speed.
 
-    `evaluate(module, step)` is called before the first step and at the marks; a resumed run makes up for a missed one.
-    It returns whether this is enough. A signal ends the run when a step is done and saved, or the evaluation at once.
+    `evaluate(module, step)` is called at the marks and, unless the `start` is of no interest, before the first step; a
+    resumed run makes up for a missed one. It returns whether this is enough. A signal ends the run when a step is done
+    and saved, or the evaluation at once.
     """
 
-    def __init__(self, plan: Plan, checkpoints: Checkpoints, evaluate: Callable[[PostTraining, int], bool]) -> None:
+    def __init__(
+        self, plan: Plan, checkpoints: Checkpoints, evaluate: Callable[[Module, int], bool], start: bool = True
+    ) -> None:
         self.plan, self.checkpoints, self.evaluate = plan, checkpoints, evaluate
         self.keep = plan.marks(plan.options.save_epochs)
-        self.evaluated = {0, *plan.marks(plan.options.eval_epochs)}
+        self.evaluated = {*plan.marks(plan.options.eval_epochs), *([0] if start else [])}
         self.begun = self.ended = self.printed = self.waited = self.busy = self.total = 0.0
         self.logged = self.first = 0
         self.agree = 1  # steps between two agreements of the processes: about a second
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        if self.plan.options.monitor and not trainer.global_step:
+        if self.plan.options.monitor and trainer.global_step == 0 and 0 in self.evaluated:
             self.checkpoints.save(trainer)  # the start may turn out to be the best
         interrupt.listen()  # Lightning has taken SIGTERM
         if trainer.global_step in self.evaluated:
@@ -167,8 +174,8 @@ class Loop(pl.Callback):
                 interrupt.put_off()
         self.ended = time.monotonic()
 
-    def log_row(self, trainer: pl.Trainer, module: PostTraining, step: int, values: dict[str, float]) -> None:
-        """Send what METHOD's loss did and what the machine did since the last row to the loggers and the terminal."""
+    def log_row(self, trainer: pl.Trainer, module: Module, step: int, values: dict[str, float]) -> None:
+        """Send what the loss and the machine did since the last row to the loggers and the terminal."""
         seconds = max(self.waited + self.busy, 1e-9)
         self.total += seconds
         row = {
@@ -180,7 +187,8 @@ class Loop(pl.Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(row, step)
-        text = f"loss {row['loss']:.4f}  kl {row['kl']:.4f}  {row['images_per_second']:.1f} images/s"
+        numbers = "  ".join(f"{name} {row[name]:.4f}" for name in module.shown)
+        text = f"{numbers}  {row['images_per_second']:.1f} images/s"
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
         elif time.monotonic() - self.printed > progress.PLAIN_SECONDS or step == self.plan.steps:

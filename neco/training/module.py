@@ -4,24 +4,21 @@ Legend: B images, V views (G global then L local), P = G (V - 1) pairs, N = grid
 """
 
 import copy
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from neco import config, devices
+from neco import config
 from neco.augment.colour import normalise
-from neco.errors import NecoError
 from neco.loss.base import Loss
 from neco.model.backbone import Backbone
 from neco.model.head import Head
 from neco.model.mask import foreground
 from neco.training import optim, strategies, trainable
 from neco.training.align import WHOLE, align, align_pairs, pair_boxes, pair_order
+from neco.training.base import Module
 from neco.training.references import Queue, from_batch
 
 
@@ -41,23 +38,21 @@ class Network(nn.Module):
         return self.head(maps), attention.detach()
 
 
-class PostTraining(pl.LightningModule):
+class PostTraining(Module):
     """Patch Neighbor Consistency training (arXiv 2408.11054, section 3).
 
     The teacher starts as an exact copy of the student, head included, never has a graph, and follows the student after
     each optimiser step: `ema` all of it, `head_ema` its head alone, `frozen` none of it. With `none` there is none: the
     student's own global views give order and references, and the references carry gradient.
 
-    All randomness of a step is a function of (seed, step): position and tensors are all that a checkpoint needs.
-
-    Args:
-        steps: optimiser steps of the whole run, over which the schedules go.
+    Position and tensors are all that a checkpoint needs.
     """
 
     student: Network
     teacher: Network | None
     loss: Loss
-    broken_at: Tensor
+    options: config.Train
+    shown = ("loss", "kl")
 
     def __init__(
         self,
@@ -71,20 +66,18 @@ class PostTraining(pl.LightningModule):
         steps: int,
         seed: int,
     ) -> None:
-        super().__init__()
+        super().__init__(options=options, optim=optim, steps=steps, seed=seed)
         trainable.restrict(backbone, options)
         backbone.recompute = options.checkpoint_activations
         self.student = Network(backbone, head)
         alone = options.teacher == "none"
         self.teacher = None if alone else copy.deepcopy(self.student).eval().requires_grad_(False)
         self.loss = loss
-        self.options, self.optim_options, self.steps, self.seed = options, optim, steps, seed
         self.global_views = global_views
         self.queue = Queue(loss.queue_size, global_views, head.out) if loss.references == "queue" else None
-        self.register_buffer("broken_at", torch.tensor(-1), persistent=False)
-        self.metrics: dict[str, Tensor] = {}
-        self.step_metrics: dict[str, Tensor | float] = {}
-        self.saved: dict[str, Any] = {}  # the run's own part of its checkpoints
+
+    def parts(self) -> tuple[Backbone, nn.Module, nn.Module]:
+        return self.student.backbone, self.student.head, self.loss
 
     def train(self, mode: bool = True) -> "PostTraining":
         super().train(mode)
@@ -96,8 +89,7 @@ class PostTraining(pl.LightningModule):
         """`batch`: uint8 views (B, G, 3, H, W), (B, L, 3, h, w), crops (B, V, 4), and teacher's views (B, G, 3, H, W)
         where those differ; `index`: its number in the run. With several processes B are the images of this one.
         """
-        key = [self.seed, index, devices.rank()] if devices.rank() else [self.seed, index]
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))  # stochastic depth
+        self.draw(index)
         size = len(batch["crops"])
 
         def images(name: str) -> Tensor:
@@ -117,10 +109,7 @@ class PostTraining(pl.LightningModule):
         kept = front if front is None or self.loss.mask == "fg" else ~front
         maps = by_view(teacher), by_view(student), by_view(student_small)
         loss, extra = self.pair_loss(*maps, batch["crops"], index, by_view(kept))
-        for name, value in {"loss": loss.detach(), **extra}.items():
-            self.metrics[name] = self.metrics.get(name, 0.0) + value / self.options.accumulate
-        self.note_broken(loss)
-        return loss
+        return self.account(loss, extra)
 
     def target(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Maps that set the order, and their attention where the loss wants a mask; a graph only without a teacher."""
@@ -159,69 +148,19 @@ class PostTraining(pl.LightningModule):
         total, extra = loss(ours, theirs, references, mask)
         return total, extra if mask is None else {**extra, "kept": mask.float().mean()}
 
-    def note_broken(self, value: Tensor) -> None:
-        """Remember the first step with a number that is not finite, without waiting for the device."""
-        step = torch.full_like(self.broken_at, self.global_step + 1)
-        self.broken_at = torch.where((self.broken_at < 0) & ~value.detach().isfinite(), step, self.broken_at)
-
-    def raise_if_broken(self, last: Path) -> None:
-        """Raises NecoError if loss or gradient was not finite at some step; nothing is saved after it."""
-        if (step := int(self.broken_at)) >= 0:
-            saved = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved before"
-            raise NecoError(
-                f"loss or gradient is not a finite number at step {step}; {saved}. Lower optim.lr or train.clip."
-            )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["neco"] = self.saved
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # The end of a shorter run: Lightning would take the longer one for finished.
-        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
-        # torch would take the groups' values from the checkpoint, and a changed optim.lr would do nothing.
-        for group, ours in zip(checkpoint["optimizer_states"][0]["param_groups"], self.groups(), strict=True):
-            group |= {"peak_lr": ours["peak_lr"], "betas": self.optim_options.betas}
-
-    def groups(self) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups."""
-        rates = self.optim_options.lr, self.optim_options.head_lr, self.optim_options.layer_decay
-        return optim.parameter_groups(self.student.backbone, self.student.head, self.loss, *rates)
-
     def configure_model(self) -> None:
         if self.options.strategy == "fsdp" and self.options.processes > 1:
             for network in filter(None, (self.student, self.teacher)):
                 strategies.shard(network, self.device_mesh)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.groups(), betas=self.optim_options.betas, fused=self.device.type == "cuda")
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before clipping: the gradient's norm over everything that trains."""
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = strategies.whole(torch.nn.utils.get_total_norm(grads))
-        self.note_broken(norm)
-        self.metrics["grad_norm"] = norm
-
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        step = self.global_step
-        optim.schedule(optimizer, step, self.steps, self.optim_options.weight_decay)
+        momentum = optim.cosine(*self.options.momentum, self.global_step, self.steps)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        momentum = optim.cosine(*self.options.momentum, step, self.steps)
         if self.teacher:
             part = {"ema": "", "head_ema": "head"}.get(self.options.teacher)
             if part is not None:
                 follow(self.teacher.get_submodule(part), self.student.get_submodule(part), momentum)
-        rates: dict[str, float] = {}  # the highest of the backbone and of the head
-        for group in optimizer.param_groups:
-            name = f"lr_{group['name'].split('/')[0]}"
-            rates[name] = max(rates.get(name, 0.0), group["lr"])
-        self.step_metrics = {
-            **self.metrics,
-            **rates,
-            "weight_decay": max(group["weight_decay"] for group in optimizer.param_groups),
-            "momentum": momentum,
-        }
-        self.metrics = {}
+        self.step_metrics["momentum"] = momentum
 
 
 @torch.no_grad()

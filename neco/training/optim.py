@@ -1,4 +1,4 @@
-"""AdamW over named parameter groups, and the cosine schedules of everything that changes with the step."""
+"""AdamW over named parameter groups, and the schedules of everything that changes with the step."""
 
 import math
 from typing import Any
@@ -13,6 +13,11 @@ def cosine(first: float, last: float, step: int, total: int) -> float:
     Starts at `first` exactly; `last` is the value at step `total`, which is never taken (DINO's schedule).
     """
     return last + 0.5 * (first - last) * (1.0 + math.cos(math.pi * step / total))
+
+
+def polynomial(first: float, step: int, total: int, power: float) -> float:
+    """Value at `step` of 0..total-1: first (1 - step / total)^power, 0 at step `total`, which is never taken."""
+    return first * (1.0 - step / total) ** power
 
 
 def parameter_groups(
@@ -48,8 +53,15 @@ def _layers(backbone: Any, lr: float, decay: float) -> list[tuple[str, float, li
     return [(f"backbone{names[below]}", lr * decay**below, named) for below, named in layers.items()]
 
 
-def schedule(optimizer: torch.optim.Optimizer, step: int, total: int, weight_decay: tuple[float, float]) -> None:
-    """Set each group's learning rate and weight decay for `step` of `total`."""
+def schedule(
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    total: int,
+    weight_decay: tuple[float, float],
+    power: float | None = None,
+) -> None:
+    """Set each group's learning rate and weight decay for `step` of `total`; with a `power` rates are `polynomial`."""
     for group in optimizer.param_groups:
-        group["lr"] = cosine(group["peak_lr"], 0.0, step, total)
+        peak = group["peak_lr"]
+        group["lr"] = polynomial(peak, step, total, power) if power else cosine(peak, 0.0, step, total)
         group["weight_decay"] = cosine(*weight_decay, step, total) if group["decays"] else 0.0

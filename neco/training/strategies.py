@@ -10,11 +10,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from neco.config import Train
+from neco.config import Trainings
 
 
-def strategy(options: Train, device: torch.device) -> Strategy | str:
-    """Lightning's strategy for `train.strategy`, `devices` and `nodes`; each process computes its part of the batch."""
+def strategy(options: Trainings, device: torch.device) -> Strategy | str:
+    """Lightning's strategy for `strategy`, `devices` and `nodes`; each process computes its part of the batch."""
     if options.processes == 1:
         return "auto"
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -62,6 +62,6 @@ def plain(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
     return copy.to(next(network.parameters()).device)
 
 
-def describe(options: Train) -> str:
+def describe(options: Trainings) -> str:
     """For the announcement of a run."""
     return f", {options.processes} processes ({options.strategy})" if options.processes > 1 else ""

@@ -1,0 +1,159 @@
+"""task=finetune: train a backbone and a decoder for segmentation, end to end, and evaluate them by sliding windows."""
+
+import logging
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from neco import devices
+from neco.augment.joint import JointCrop
+from neco.config import Finetune, Settings, call
+from neco.dataset.base import IGNORE, Dataset, Sample
+from neco.dataset.inspect import inspect
+from neco.errors import NecoError
+from neco.eval.base import labelled
+from neco.eval.sliding import SlidingWindows
+from neco.model import trained_model
+from neco.model.backbone import Backbone
+from neco.task.common import (
+    check_devices,
+    choose_device,
+    device_name,
+    locked,
+    measure,
+    outline,
+    source_of_weights,
+)
+from neco.task.run import Run, announce, bf16, check_resume, few, images, millions
+from neco.training import data, strategies
+from neco.training.bad import BadImages, Limits, look
+from neco.training.finetune import FineTuning
+from neco.training.loop import Plan
+
+log = logging.getLogger(__name__)
+CROP = 512  # published, for patches of 16
+
+
+@dataclass
+class Job:
+    """What `prepare` found out."""
+
+    dataset: Dataset
+    samples: list[Sample]
+    shares: list[tuple[int, int]]
+    limits: Limits
+    crops: JointCrop
+    windows: SlidingWindows
+    network: Backbone  # on the meta device
+    plan: Plan
+    device: torch.device
+
+
+def prepare(settings: Settings) -> Job:
+    """Cross-check the configuration, list the files and look at a few; builds no network.
+
+    Raises NecoError for whatever would fail later.
+    """
+    options: Finetune = settings.spine["finetune"]
+    device = choose_device(settings.run.device)
+    check_devices(options, device)
+    check_resume(options)
+    source, _ = source_of_weights(settings)
+    if (trained := trained_model(source, settings.run.trust_pickle)) and not settings.chosen("model"):
+        settings.config["model"] = trained
+    network = outline(settings.config.get("model"))
+    if settings.config["eval"]:
+        chosen = f"eval=[{','.join(settings.config['eval'])}]"
+        raise NecoError(f"{chosen}: task=finetune scores its own segmenter; then: task=eval checkpoint=RUN {chosen}")
+    if options.decoder == "linear" and (
+        useless := [k for k in ("decoder_layers", "decoder_dropout") if settings.chosen(f"finetune.{k}")]
+    ):
+        raise NecoError(f"finetune.{useless[0]}: decoder=linear has none; leave it out, or decoder=mask_transformer")
+    dataset, name = settings.build("dataset"), settings.choices["dataset"]
+    samples = call(dataset.samples, "dataset", split="train")
+    if len(dataset.classes) < 2:
+        found = f"one class, {dataset.classes[0]}" if dataset.classes else "no labels"
+        raise NecoError(f"dataset={name} has {found}: choose a labelled set, like shapes, camvid, voc or ade20k")
+    for split in ("train", "val"):
+        call(labelled, "dataset", dataset=dataset, split=split)
+    crop = _crop(options, network.patch, dataset)
+    side = None if options.side == "image" else options.side or crop
+    if side is not None and side < crop:
+        raise NecoError(
+            f"finetune.side={side}: windows of {crop} pixels do not fit; lower finetune.crop, or side={crop}"
+        )
+    stride = options.stride or crop
+    if stride > crop:
+        raise NecoError(f"finetune.stride={stride}: windows of {crop} pixels would leave gaps; take at most {crop}")
+    shares, limits = dataset.shares(samples), dataset.bad_limits(samples)
+    look(samples, limits, dataset)
+    for why in inspect(dataset, "val", looks=8, seconds=2).bad.values():
+        raise NecoError(f"dataset: val: {why}")
+    crops = JointCrop(crop, side=side, scale=options.scale, flip=options.flip, jitter=options.jitter, ignore=IGNORE)
+    windows = SlidingWindows(crop, side=side, stride=stride, decoder=options.decoder)
+    plan = Plan(sum(seen for _, seen in shares), options)
+    return Job(dataset, samples, shares, limits, crops, windows, network, plan, device)
+
+
+def _crop(options: Finetune, patch: int, dataset: Dataset) -> int:
+    """Side of crops and windows, in whole patches. Raises NecoError for another number of pixels."""
+    if options.crop is None:
+        return max(1, min(CROP + patch // 2, dataset.image_size or CROP + patch // 2) // patch) * patch
+    if options.crop % patch:
+        low = max(1, options.crop // patch) * patch
+        near = f"{low} or {low + patch}" if low < options.crop else f"{low}"
+        raise NecoError(f"finetune.crop={options.crop} is no multiple of the backbone's patch, {patch}: take {near}")
+    return options.crop
+
+
+def main(settings: Settings, job: Job, output: Path) -> float | None:
+    """Fine-tune, or go on with the run found in `output`; returns the best mIoU on val."""
+    if not devices.leader():
+        return _finetune(settings, job, output)
+    with locked(output, "finetune"):
+        return _finetune(settings, job, output)
+
+
+def _finetune(settings: Settings, job: Job, output: Path) -> float | None:
+    options: Finetune = settings.spine["finetune"]
+    classes, name, seed = job.dataset.classes, settings.choices["dataset"], settings.run.seed
+    run = Run(settings, output, job.plan, job.device, job.samples, classes=classes, choices={"train": job.dataset})
+    torch.manual_seed(seed)
+    backbone = settings.build("model", drop_path=options.drop_path)
+    start = run.start(backbone)
+    module = FineTuning(
+        backbone, len(classes), options=options, optim=settings.spine["optim"], steps=job.plan.steps, seed=seed
+    )
+
+    def evaluate(trained: FineTuning, step: int) -> None:
+        measure(
+            settings, run.store, {"segmenter": trained.segmenter}, job.dataset, name, job.device, step,
+            round(job.plan.epoch(step), 4), run.loggers.values(), {"segmentation": job.windows},
+        )  # fmt: skip
+
+    plan, network, decoder = job.plan, job.network, module.segmenter.decoder
+    marks = sorted({*plan.marks(options.eval_epochs), plan.steps})
+    low, high = options.scale
+    side = f"a short side of {job.windows.side} pixels" if job.windows.side else "their own size"
+    announce({
+        "data": f"{images(name, job.shares)}, {len(classes)} classes",
+        "backbone": f"{network.spec['name']}: patch {network.patch}, width {network.dim}, {network.depth} blocks",
+        "start": start,
+        "trained": f"{millions(backbone)} of the backbone + {millions(decoder)} of the decoder ({options.decoder})",
+        "crops": f"{job.crops.crop} pixels of images at {low:g} to {high:g} times {side}",
+        "steps": f"{plan.steps} of {options.images} images, {plan.epoch(plan.steps):.4g} epochs",
+        "evaluation": f"{job.windows.protocol} on {len(job.dataset.samples('val'))} images at steps {few(marks)}",
+        "device": f"{device_name(job.device)}, {'bf16' if bf16(options, job.device) else 'fp32'}"
+        f"{strategies.describe(options)}",
+        "writes": str(output),
+    })  # fmt: skip
+    scenes = data.Scenes(job.dataset, job.samples, job.crops, seed)
+    bad = BadImages(output, job.samples, job.limits, job.dataset)
+    run.fit(module, scenes, job.shares, bad, evaluate, at_start=False)
+    best = run.report()
+    same = [override for override in settings.overrides if override.startswith(("data_root=", "dataset."))]
+    wanted = ["task=eval", f"checkpoint={output}", f"dataset={name}", *same]
+    log.info("to evaluate its backbone alone:  python -m neco %s", shlex.join(wanted))
+    return best

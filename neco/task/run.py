@@ -1,0 +1,296 @@
+"""A training in its run folder: what it goes on from, how it is carried out, which of its states is the best."""
+
+import hashlib
+import logging
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from neco import devices, results
+from neco.config import Settings, Trainings
+from neco.dataset.base import Dataset, Sample
+from neco.errors import NecoError
+from neco.model import weights
+from neco.task.common import device_name, source_of_weights
+from neco.training import data, strategies
+from neco.training.bad import BadImages
+from neco.training.base import Module
+from neco.training.loop import Checkpoints, Loop, Plan
+
+log = logging.getLogger(__name__)
+
+# What a resumed run may change and still be the same run.
+FREE = {
+    "run_dir",
+    "debug",
+    "show",
+    "trust_pickle",
+    "device",
+    "data_root",
+    "cache_dir",
+    "extract",
+    "logger",
+    "eval",
+    "val_dataset",
+    "dataset.root",
+    "dataset.max_bad",
+    "dataset.index",
+    "dataset.files",  # the list of images itself is compared
+    "finetune.stride",
+}
+FREE |= {
+    f"{node}.{key}"
+    for node in ("train", "finetune")
+    for key in (
+        "resume", "workers", "eval_epochs", "save_epochs", "save_minutes", "log_steps", "devices", "nodes", "strategy",
+        "checkpoint_activations", "monitor", "patience",
+    )
+}  # fmt: skip
+# What decides which parameters and buffers there are: the state of others is of no use.
+FIXED = (
+    "task", "model.name", "model.size", "model.registers", "model.arch", "head", "augment.global_views",
+    "loss.references", "loss.queue_size", "optim.layer_decay", "train.teacher", "train.blocks", "train.embeddings",
+    "train.lora_rank", "train.lora_alpha", "finetune.decoder", "the classes",
+)  # fmt: skip
+
+
+class Run:
+    """A run folder, opened by the process that leads. `done` steps of the plan are in it; `resume` is where they are.
+
+    Args:
+        samples: the images to train on, in order.
+        classes: what the trained network tells apart, if it does.
+        choices: data sets whose choice of images is noted, by the name of that file.
+
+    Raises:
+        NecoError: going on would be another run, or there is nothing to go on from.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        output: Path,
+        plan: Plan,
+        device: torch.device,
+        samples: Sequence[Sample],
+        *,
+        classes: Sequence[str] = (),
+        choices: Mapping[str, Dataset | None] | None = None,
+    ) -> None:
+        self.settings, self.output, self.plan, self.device = settings, output, plan, device
+        self.options = options = plan.options
+        names = "\n".join(sample.key for sample in samples)
+        listing = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:12]  # file names are any bytes
+        self.saved = {"config": settings.config, "files": listing, "classes": list(classes)}
+        self.checkpoints = Checkpoints(output / "checkpoints")
+        self.resume = find(options, self.checkpoints.last, self.saved)
+        self.done = weights.contents(self.resume)["global_step"] if self.resume else 0
+        if self.done > plan.steps:
+            raise NecoError(
+                f"{options.node}.steps={plan.steps}: {self.resume} is at step {self.done} already; "
+                "give more steps or another run"
+            )
+        self.leads = devices.leader()
+        if self.leads:
+            results.describe(output, settings.config, settings.overrides, device_name(device))
+            results.note_choice(output, **(choices or {}))
+        self.store = results.Results(output, writes=self.leads)
+        self.store.drop_after(self.done)
+        self.loggers = settings.build_all("logger", folder=output, step=self.done) if self.leads else {}
+        for logger in self.loggers.values():
+            logger.log_hyperparams(settings.config)
+
+    def start(self, backbone: Any) -> str:
+        """Load the weights to start from, or say from which checkpoint `fit` will go on."""
+        if self.resume:
+            return f"step {self.done} of {self.resume}"
+        trust = self.settings.run.trust_pickle
+        return str(weights.load(backbone, *source_of_weights(self.settings), trust_pickle=trust))
+
+    def fit(
+        self,
+        module: Module,
+        items: data.Drawn,
+        shares: Sequence[tuple[int, int]],
+        bad: BadImages,
+        evaluate: Callable[[Any, int], None],
+        at_start: bool = True,
+    ) -> int:
+        """Train to the end unless that is done, and `evaluate(module, step)` on the way and there; the last step."""
+        plan, options, device = self.plan, self.options, self.device
+
+        def evaluated(trained: Module, step: int) -> bool:
+            evaluate(trained, step)
+            return self.enough()
+
+        module.saved = self.saved
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # broken metadata of images that can be read
+        logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+        trainer = pl.Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=options.devices,
+            num_nodes=options.nodes,
+            strategy=strategies.strategy(options, device),
+            precision="bf16-mixed" if bf16(options, device) else "32-true",
+            max_epochs=1,  # one stream over all epochs, see Positions
+            accumulate_grad_batches=options.accumulate,
+            gradient_clip_val=options.clip,
+            callbacks=[bad, Loop(plan, self.checkpoints, evaluated, at_start)],
+            logger=list(self.loggers.values()),
+            default_root_dir=self.output,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        done = self.done
+        if done < plan.steps:
+            micro = options.images // options.accumulate  # of all devices
+            positions = data.Positions(
+                plan.images, micro, plan.steps * options.accumulate, self.settings.run.seed, done * options.accumulate,
+                shares,
+            )  # fmt: skip
+            loader = data.loader(items, positions, options.workers, pin=device.type == "cuda")
+            trainer.fit(module, loader, ckpt_path=self.resume)
+            done = trainer.global_step
+            if done < plan.steps:
+                log.info(
+                    "stopped at step %d: %s evaluations without a better %s", done, options.patience, options.monitor
+                )
+        else:
+            log.info("all %d steps are done", done)
+            devices.join()
+            module.load_state_dict(weights.contents(self.resume)["state_dict"])  # type: ignore[arg-type]
+        module.to(device)
+        evaluated(module, done)
+        for logger in self.loggers.values():
+            logger.finalize("success")
+        return done
+
+    def enough(self) -> bool:
+        """Keep the checkpoint of the best evaluation so far; whether patience with the others is at an end."""
+        options = self.options
+        if not options.monitor:
+            return False
+        history = self.store.history(options.monitor)
+        best, value = max(history, key=lambda pair: pair[1])
+        step, now = history[-1]
+        log.info("monitor     %s: %.4f at step %d, best %.4f at step %d", options.monitor, now, step, value, best)
+        if best == step and self.leads:
+            if len(history) == 1 and self.checkpoints.set_aside("best.ckpt", f"best_before_{step}.ckpt"):
+                log.warning("evaluated by other values or images than before: the best is looked for anew")
+            self.checkpoints.keep(self.checkpoints.last, "best.ckpt")
+        waited = sum(later > best for later, _ in history)
+        return bool(options.patience) and waited >= (options.patience or 0)
+
+    def report(self) -> float | None:
+        """Print the numbers before and after, what was written and which state is the best; that one's number."""
+        if self.store.records:
+            log.info("\n%s\n", results.table(self.store.records))
+        written = sorted(path.name for path in self.output.iterdir() if not path.name.startswith("."))
+        log.info("wrote       %s", ", ".join(written))
+        log.info("checkpoint  %s", self.checkpoints.last)
+        if not (monitor := self.options.monitor):
+            return None
+        best, value = max(self.store.history(monitor), key=lambda pair: pair[1])
+        held = self.checkpoints.last.with_name("best.ckpt")
+        log.info("best        %s, step %d: %s = %.4f", held if held.is_file() else "not kept", best, monitor, value)
+        return value
+
+
+def bf16(options: Trainings, device: torch.device) -> bool:
+    """Whether products are taken in bfloat16."""
+    return options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+
+
+def announce(lines: Mapping[str, str]) -> None:
+    """Say what is going to happen, before it does."""
+    for name, text in lines.items():
+        log.info("%-11s %s", name, text)
+
+
+def images(name: str, shares: Sequence[tuple[int, int]]) -> str:
+    """The images of a data set and, where they are others, those of an epoch, for people."""
+    parts = [f"{count}" + (f" ({seen} an epoch)" if seen != count else "") for count, seen in shares]
+    return f"{name}: {' + '.join(parts)} images"
+
+
+def millions(part: nn.Module, trained: bool = True) -> str:
+    """Parameters that train, or that do not, for people."""
+    return f"{sum(p.numel() for p in part.parameters() if p.requires_grad == trained) / 1e6:.2f} M"
+
+
+def few(numbers: Sequence[int]) -> str:
+    """The first and last of them, for people."""
+    return ", ".join(map(str, numbers if len(numbers) <= 6 else [*numbers[:3], "...", *numbers[-2:]]))
+
+
+def check_resume(options: Trainings) -> None:
+    """Raises NecoError for a checkpoint that is not there."""
+    if options.resume not in ("auto", "never") and not Path(options.resume).expanduser().is_file():
+        raise NecoError(
+            f"{options.node}.resume={options.resume}: no such file; auto goes on with the run found in run_dir"
+        )
+
+
+def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, or None. Raises NecoError where going on would be another run."""
+    resume, key = options.resume, f"{options.node}.resume"
+    if resume == "never":
+        if last.is_file():
+            raise NecoError(f"{key}=never, but {last} exists: choose another run_dir, or {key}=auto")
+        return None
+    path = last if resume == "auto" else Path(resume).expanduser()
+    if not path.exists():
+        return None
+    if last.exists() and path.resolve().parent != last.resolve().parent:
+        raise NecoError(f"{key}={resume}: {last} is another run's, which would be lost; choose another run_dir")
+    try:
+        before = weights.contents(path).get("neco")
+    except NecoError as error:
+        others = sorted({*path.parent.glob("epoch_*.ckpt"), *path.parent.glob("best*.ckpt")})
+        kept = ", ".join(map(str, others)) or "none"
+        raise NecoError(f"{error}. To go on from another: {key}=FILE; kept are: {kept}") from error
+    if before is None:
+        raise NecoError(f"{key}={path} is no checkpoint of a run; to start from its weights: checkpoint={path}")
+    changed = differences(before["config"], saved["config"])
+    if before["files"] != saved["files"]:
+        changed.append("the list of training images")
+    if before.get("classes", []) != saved["classes"]:
+        changed.append("the classes of the data set")
+    if fixed := [change for change in changed if change.startswith(FIXED) and ": None ->" not in change]:  # None: older
+        raise NecoError(
+            f"{key}={resume}: {path} holds other parameters: {'; '.join(fixed)}. To start from its weights: "
+            f"checkpoint={path} and another run_dir"
+        )
+    if changed and resume == "auto":
+        raise NecoError(
+            f"run_dir={last.parent.parent} holds a run with another configuration: {'; '.join(changed)}. "
+            f"Choose another run_dir, or go on all the same with {key}={path}"
+        )
+    if changed:
+        log.info("going on from %s with changes: %s", path, "; ".join(changed))
+    return path
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for what makes it another run."""
+
+    def free(key: str) -> bool:
+        return re.sub(r"(?<=^dataset)(\.parts\.[^.]+)+", "", key) in FREE
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        pairs = ((key if not prefix else f"{prefix}.{key}", value) for key, value in node.items())
+        return {k: v for key, value in pairs if not free(key) for k, v in flat(value, key).items()}
+
+    old, new = flat(before), flat(now)
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]

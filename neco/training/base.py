@@ -1,0 +1,102 @@
+"""What every training is to the loop around it: named groups, numbers of a step, a stop at what is not finite."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from neco import config, devices
+from neco.errors import NecoError
+from neco.model.backbone import Backbone
+from neco.training import optim, strategies
+
+
+class Module(pl.LightningModule):
+    """A training step whose randomness is a function of (seed, number of the batch), and its optimiser.
+
+    Subclasses set `parts` and call `account` in each `training_step`. `shown` are the metrics for the terminal.
+
+    Args:
+        steps: optimiser steps of the whole run, over which the schedules go.
+    """
+
+    broken_at: Tensor
+    shown: tuple[str, ...] = ("loss",)
+
+    def __init__(self, *, options: config.Trainings, optim: config.Optim, steps: int, seed: int) -> None:
+        super().__init__()
+        self.options, self.optim_options, self.steps, self.seed = options, optim, steps, seed
+        self.register_buffer("broken_at", torch.tensor(-1), persistent=False)
+        self.metrics: dict[str, Tensor] = {}
+        self.step_metrics: dict[str, Tensor | float] = {}
+        self.saved: dict[str, Any] = {}  # the run's own part of its checkpoints
+
+    def parts(self) -> tuple[Backbone, nn.Module, nn.Module]:
+        """What trains at the backbone's rates, and two parts that train at the head's."""
+        raise NotImplementedError
+
+    def draw(self, index: int) -> None:
+        """Fix the random numbers of batch `index`: stochastic depth, dropout. Each process has its own."""
+        key = [self.seed, index, devices.rank()] if devices.rank() else [self.seed, index]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+    def account(self, loss: Tensor, extra: dict[str, Tensor] | None = None) -> Tensor:
+        """Add a batch's numbers to those of the step; returns the loss."""
+        for name, value in {"loss": loss.detach(), **(extra or {})}.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + value / self.options.accumulate
+        self.note_broken(loss)
+        return loss
+
+    def note_broken(self, value: Tensor) -> None:
+        """Remember the first step with a number that is not finite, without waiting for the device."""
+        step = torch.full_like(self.broken_at, self.global_step + 1)
+        self.broken_at = torch.where((self.broken_at < 0) & ~value.detach().isfinite(), step, self.broken_at)
+
+    def raise_if_broken(self, last: Path) -> None:
+        """Raises NecoError if loss or gradient was not finite at some step; nothing is saved after it."""
+        if (step := int(self.broken_at)) >= 0:
+            saved = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved before"
+            raise NecoError(
+                f"loss or gradient is not a finite number at step {step}; {saved}. "
+                f"Lower optim.lr or {self.options.node}.clip."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["neco"] = self.saved
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The end of a shorter run: Lightning would take the longer one for finished.
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        # torch would take the groups' values from the checkpoint, and a changed optim.lr would do nothing.
+        for group, ours in zip(checkpoint["optimizer_states"][0]["param_groups"], self.groups(), strict=True):
+            group |= {"peak_lr": ours["peak_lr"], "betas": self.optim_options.betas}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups."""
+        rates = self.optim_options.lr, self.optim_options.head_lr, self.optim_options.layer_decay
+        return optim.parameter_groups(*self.parts(), *rates)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.groups(), betas=self.optim_options.betas, fused=self.device.type == "cuda")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before clipping: the gradient's norm over everything that trains."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = strategies.whole(torch.nn.utils.get_total_norm(grads))
+        self.note_broken(norm)
+        self.metrics["grad_norm"] = norm
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        step = self.global_step
+        optim.schedule(optimizer, step, self.steps, self.optim_options.weight_decay, self.optim_options.power)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        rates: dict[str, float] = {}  # the highest of the backbone and of the head
+        for group in optimizer.param_groups:
+            name = f"lr_{group['name'].split('/')[0]}"
+            rates[name] = max(rates.get(name, 0.0), group["lr"])
+        decay = max(group["weight_decay"] for group in optimizer.param_groups)
+        self.step_metrics = {**self.metrics, **rates, "weight_decay": decay}
+        self.metrics = {}
