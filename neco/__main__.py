@@ -151,16 +151,30 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises, and the messages below are ours
     import hydra
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
     from omegaconf.errors import OmegaConfBaseException
 
+    class Options(FileConfigSource):
+        """Of a user's folder only the groups: a folder called `weights` does not make `weights` a choice of files."""
+
+        @staticmethod
+        def scheme() -> str:
+            return "options"
+
+        def is_group(self, config_path: str) -> bool:
+            known = not config_path or config_path.split("/")[0] in config.groups()
+            return known and super().is_group(config_path)
+
     class UserFolders(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
             for path in config.user_folders():
-                search_path.append("neco-user", f"file://{path}")
+                search_path.append("neco-user", f"options://{path}")
 
+    SourcesRegistry.instance().register(Options)
     Plugins.instance().register(UserFolders)
     debug = "debug=true" in arguments or bool(os.environ.get("NECO_DEBUG"))
     try:

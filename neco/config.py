@@ -153,6 +153,7 @@ class Run:
     debug: bool
     show: NonNegative
     compare: str | None = None
+    runs: list[str] = dataclasses.field(default_factory=list)
 
 
 SPINE: dict[str, type] = {"train": Train, "finetune": Finetune, "optim": Optim}
@@ -165,6 +166,11 @@ def folder() -> Path:
     """`conf/`: inside the package when installed, beside it in a checkout."""
     package = Path(__file__).parent
     return next(path for path in (package / "conf", package.parent / "conf") if (path / "config.yaml").is_file())
+
+
+def groups() -> set[str]:
+    """The groups of options, `machine` among them, which only users have."""
+    return {path.name for path in folder().iterdir() if path.is_dir()} | {"machine"}
 
 
 def user_folders() -> list[Path]:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe(output: Path, config: dict[str, Any], overrides: list[str], device: str) -> None:
+def describe(
+    output: Path, config: dict[str, Any], overrides: list[str], choices: Mapping[str, Any], device: str
+) -> None:
     """Write config.yaml (resolved), overrides.txt and environment.json into the run folder."""
     write(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     write(output / "overrides.txt", "".join(f"{override}\n" for override in overrides))
@@ -78,6 +81,7 @@ def describe(output: Path, config: dict[str, Any], overrides: list[str], device:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "device": device,
+        "choices": dict(choices),  # the option of each group
         "packages": versions(),
     }
     write(output / "environment.json", json.dumps(environment, indent=2) + "\n")

@@ -58,7 +58,8 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
     leads = devices.leader()
     with locked(output, "eval") if leads else contextlib.nullcontext():
         if leads:
-            results.describe(output, settings.config, settings.overrides, device_name(job.device))
+            what = settings.config, settings.overrides, settings.choices
+            results.describe(output, *what, device_name(job.device))
             results.note_choice(output, train=job.dataset)
         log.info("evaluation  %s on %s, %s", job.chosen, settings.choices["dataset"], device_name(job.device))
         torch.manual_seed(settings.run.seed)

@@ -98,7 +98,7 @@ class Run:
             )
         self.leads = devices.leader()
         if self.leads:
-            results.describe(output, settings.config, settings.overrides, device_name(device))
+            results.describe(output, settings.config, settings.overrides, settings.choices, device_name(device))
             results.note_choice(output, **(choices or {}))
         self.store = results.Results(output, writes=self.leads)
         self.store.drop_after(self.done)
