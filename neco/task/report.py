@@ -20,7 +20,8 @@ from neco.results import Results, columns, write
 from neco.values import share
 
 log = logging.getLogger(__name__)
-HEAD = "run,model,weights,data set,evaluation,metric,measured,published,difference,protocol".split(",")
+HEAD = ["run", "model", "weights", "data set", "evaluation", "metric"]
+HEAD.extend(["measured", "published", "difference", "protocol"])
 
 
 @dataclass
