@@ -41,6 +41,7 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED) ## side-by-side speed and memory of the hot paths
+	$(BIN)/python scripts/bench_step.py
 	$(BIN)/python scripts/bench_loss.py
 	$(BIN)/python scripts/bench_views.py
 	$(BIN)/python scripts/bench_eval.py all

@@ -1,0 +1,192 @@
+"""A whole training step, views included, beside the published procedure written out plainly.
+
+Ours: `Views` (uint8), `PostTraining`, AdamW, moving average, as `task=train` runs them. Published, in words of our own:
+PIL views one after the other, a teacher whose graph is built and walked back through the reference patches, ROI align
+pair by pair, dense relaxed sorting by PyPI `diffsort`, a loop over parameters for the average. Both start from the same
+weights; on the same pixels, boxes and references their losses agree to 1e-5, which is asserted. Repetitions take turns.
+
+    python scripts/bench_step.py --batch 4 --threads 2
+"""
+
+import argparse
+import copy
+import io
+import itertools
+import os
+import statistics
+import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as neco.__main__ does, before torch is imported
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffsort import DiffSortNet
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import roi_align
+from torchvision.transforms.functional import normalize, to_tensor
+
+from neco import config
+from neco.augment import reference
+from neco.augment.views import ViewParams, Views, view_rng
+from neco.results import columns
+from neco.training.align import pair_boxes, pair_order
+from neco.training.data import collate
+from neco.training.module import PostTraining, follow
+from neco.training.references import permutations
+from neco.values import MEAN, STD
+
+GRID, STEEPNESS = 7, 100
+
+
+def photograph(number: int, width: int = 640, height: int = 480) -> bytes:
+    """A JPEG of about the size and detail of a photograph of COCO."""
+    rng = np.random.default_rng(number)
+    layers = [rng.integers(0, 256, (height // s + 1, width // s + 1, 3), dtype=np.uint8) for s in (4, 16, 64)]
+    enlarged = [
+        np.asarray(Image.fromarray(layer).resize((width, height), Image.Resampling.BICUBIC)) for layer in layers
+    ]
+    file = io.BytesIO()
+    Image.fromarray(np.mean(enlarged, 0).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def build(model: str, size: int, arch: str) -> tuple[PostTraining, Views]:
+    """What `task=train` builds, without stochastic depth, which would be drawn differently."""
+    chosen = [f"augment.global_size={size}", "augment.local_size=null", "train.drop_path=0", "weights=none"]
+    settings = config.load("task=train", f"model={model}", *chosen, *([f"+model.arch={arch}"] if arch else []))
+    torch.manual_seed(0)
+    backbone = settings.build("model")
+    views = settings.build("augment").resolve(backbone.patch, backbone.size)
+    module = PostTraining(
+        backbone, settings.build("head", dim=backbone.dim), settings.build("loss"),
+        options=settings.spine["train"], optim=settings.spine["optim"], global_views=2, steps=1000, seed=0,
+    )  # fmt: skip
+    return module.train(), views
+
+
+class Published:
+    """The published step on the same networks."""
+
+    def __init__(self, module: PostTraining, views: Views) -> None:
+        self.student, self.views, self.patch = copy.deepcopy(module.student), views, module.student.backbone.patch
+        self.teacher = copy.deepcopy(self.student).eval()
+        self.sorter = DiffSortNet("bitonic", GRID**2, steepness=STEEPNESS, interpolation_type="cauchy")
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), 1e-6)
+
+    def pixels(self, file: bytes, params: ViewParams) -> list[Tensor]:
+        """The views of an image, float (3, h, w) each."""
+        image, found = Image.open(io.BytesIO(file)).convert("RGB"), []
+        for i, size in enumerate(self.views.sizes):
+            how = params.jitter[i], params.order[i], params.factors[i], params.grey[i], params.sigma[i]
+            found.append(normalize(to_tensor(reference.view(image, size, params.crops[i], *how)), MEAN, STD))
+        return found
+
+    def loss(self, images: list[Tensor], crops: Tensor, step: int) -> Tensor:
+        """`images`: of each view (B, 3, h, w)."""
+        count, size = len(images), len(images[0])
+        on_global, on_view = pair_boxes(crops, self.views.sizes, 2)
+        maps = [self.student(torch.cat(group)).split(size) for group in (images[:2], images[2:])]
+        student, teacher = list(itertools.chain(*maps)), self.teacher(torch.cat(images[:2])).split(size)
+        dealt, losses = permutations(0, step, len(pair_order(2, count)), size * GRID**2), []
+        for number, (g, v) in enumerate(pair_order(2, count)):
+            theirs, ours = (
+                roi_align(m.permute(0, 3, 1, 2), [*(b[:, None] / self.patch).unbind(0)], GRID, aligned=True)
+                for m, b in ((teacher[g], on_global[:, g, v]), (student[v], on_view[:, v, g]))
+            )
+            theirs, ours = (F.normalize(x.flatten(2).mT, dim=-1) for x in (theirs, ours))  # (B, N, D)
+            references = theirs.flatten(0, 1)[dealt[number]].view_as(theirs)
+            with torch.no_grad():
+                target = self.sorter(torch.einsum("bnd,brd->bnr", theirs, references).flatten(0, 1))[1]
+            order = self.sorter(torch.einsum("bnd,brd->bnr", ours, references).flatten(0, 1))[1]
+            losses.append(-(target * torch.log(order)).sum(-1).mean())
+        return torch.stack(losses).mean()
+
+    def step(self, images: list[Tensor], crops: Tensor, step: int) -> None:
+        self.optimizer.zero_grad()
+        self.loss(images, crops, step).backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+                ours.data.mul_(0.9995).add_(theirs.data, alpha=0.0005)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dinov2r_vits14")
+    parser.add_argument("--size", type=int, default=224, help="pixels of a global view (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="a network of two narrow blocks, to try the script")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    arch = "{embed_dim:24,depth:2,num_heads:2}" if options.small else ""
+    module, views = build(options.model, options.size, arch)
+    published, optimizer = Published(module, views), module.configure_optimizers()
+    files = [photograph(number) for number in range(options.batch)]
+
+    def draw(step: int) -> list[ViewParams]:
+        return [views.sample(view_rng(0, step, number), 480, 640) for number in range(options.batch)]
+
+    def ours_views(step: int, how: Views = views) -> dict[str, Tensor]:
+        items = []
+        for file, params in zip(files, draw(step), strict=True):
+            pixels = how.apply(np.asarray(Image.open(io.BytesIO(file)).convert("RGB")), params)
+            items.append({"global_views": pixels[0], "local_views": pixels[1], "crops": torch.as_tensor(params.crops)})
+        return collate([{**item, "bad": []} for item in items])
+
+    def ours_step(batch: dict[str, Tensor], step: int) -> None:
+        optimizer.zero_grad()
+        module.training_step(batch, step).backward()
+        optimizer.step()
+        follow(module.get_submodule("teacher"), module.student, 0.9995)
+
+    def their_views(step: int) -> tuple[list[Tensor], Tensor]:
+        drawn = draw(step)
+        parts = [published.pixels(file, params) for file, params in zip(files, drawn, strict=True)]
+        crops = torch.as_tensor(np.stack([params.crops for params in drawn]))
+        return [torch.stack(view) for view in zip(*parts, strict=True)], crops
+
+    images, crops = their_views(0)
+    pil = copy.copy(views)
+    pil.applier = "pil"
+    with torch.no_grad():
+        losses = float(module.training_step(ours_views(0, pil), 0)), float(published.loss(images, crops, 0))
+    assert abs(losses[0] - losses[1]) < 1e-5 * abs(losses[1]), losses
+    seconds: dict[str, list[float]] = {name: [] for name in ("their views", "their step", "our views", "our step")}
+    for step in range(options.repeats + 1):  # the first warms up
+        marks = [time.perf_counter()]
+        images, crops = their_views(step)
+        marks.append(time.perf_counter())
+        published.step(images, crops, step)
+        marks.append(time.perf_counter())
+        batch = ours_views(step)
+        marks.append(time.perf_counter())
+        ours_step(batch, step)
+        marks.append(time.perf_counter())
+        for name, (start, end) in zip(seconds, itertools.pairwise(marks), strict=True):
+            seconds[name] += [end - start] * bool(step)
+    part = {name: statistics.median(found) for name, found in seconds.items()}
+    whole = [
+        [a + b for a, b in zip(seconds[f"{w} views"], seconds[f"{w} step"], strict=True)] for w in ("their", "our")
+    ]
+    ratios = [theirs / ours for theirs, ours in zip(*whole, strict=True)]
+    print(
+        f"{options.model}, {options.batch} images at {options.size}, {options.threads} threads; the same loss of the ",
+        end="",
+    )
+    print(f"same pixels: {losses[0]:.6f}, published {losses[1]:.6f}\n")
+    rows = [["", "published s", "ours s", "ratio"]]
+    for name in ("views", "step"):
+        theirs, ours = part[f"their {name}"], part[f"our {name}"]
+        rows.append([name, f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}"])
+    theirs, ours = map(statistics.median, whole)
+    rows.append(["both", f"{theirs:.2f}", f"{ours:.2f}", f"{statistics.median(ratios):.2f}"])
+    print(columns(rows))
+    print(f"\nratios of {options.repeats} repetitions: {min(ratios):.2f} to {max(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
