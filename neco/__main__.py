@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from neco import config, interrupt
+from neco import config, interrupt, startup
 from neco.errors import NecoError
 
 USAGE = """neco: dense post-training of vision transformers, and what it does to their features
@@ -65,6 +65,7 @@ def run(cfg: Any) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
+    startup.begin()
     hydra = HydraConfig.get()
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra/")}
     overrides = list(hydra.overrides.task)
@@ -74,7 +75,9 @@ def run(cfg: Any) -> float | None:
             raise NecoError("run_dir: the processes of torchrun must share one folder; name it with run_dir=runs/NAME")
         settings = config.validate(OmegaConf.to_container(cfg, resolve=True), choices, overrides)  # type: ignore[arg-type]
         task = importlib.import_module(f"neco.task.{settings.run.task}")
+        startup.mark("imports")
         prepared = task.prepare(settings)
+        startup.mark("checks")
     except NecoError as error:
         if output.is_dir() and not any(output.iterdir()):  # Hydra made it before anything was known to be wrong
             output.rmdir()

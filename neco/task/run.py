@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from neco import devices, results
+from neco import devices, results, startup
 from neco.config import Settings, Trainings
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
@@ -130,6 +130,7 @@ class Run:
             return self.enough()
 
         module.saved = self.saved
+        startup.mark("networks")
         warnings.filterwarnings("ignore", module="pytorch_lightning")
         warnings.filterwarnings("ignore", module=r"PIL\.")  # broken metadata of images that can be read
         logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from neco import devices, interrupt, progress
+from neco import devices, interrupt, progress, startup
 from neco.config import Trainings
 from neco.errors import NecoError
 from neco.training import memory
@@ -126,6 +126,7 @@ class Loop(pl.Callback):
         interrupt.listen()  # Lightning has taken SIGTERM
         if trainer.global_step in self.evaluated:
             trainer.should_stop = self.evaluate(module, trainer.global_step)
+            startup.mark("evaluation")
         interrupt.put_off()
         memory.reset_peak(module.device)
         self.logged = self.first = trainer.global_step
@@ -138,12 +139,17 @@ class Loop(pl.Callback):
             self.bar.start()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if not self.begun:
+            startup.mark("first images")
         self.begun = time.monotonic()
         self.waited += self.begun - self.ended
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, options = trainer.global_step, self.plan.options
         is_step = (batch_idx + 1) % options.accumulate == 0
+        if is_step and step == self.first + 1:
+            startup.mark("first step")
+            log.info("start-up    %s", startup.told())
         row = is_step and (step % options.log_steps == 0 or step in (1, self.plan.steps))
         late = time.monotonic() - self.checkpoints.saved_at > 60 * options.save_minutes
         asked = interrupt.asked
