@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from conftest import SMALL
 
 from neco import startup
 
@@ -19,9 +20,10 @@ def test_stages_add_up_and_a_second_job_begins_anew(monkeypatch: pytest.MonkeyPa
     assert startup.told() == "2.0 s: imports 2.0"
 
 
-def test_a_run_logs_them_once(train) -> None:
-    folder = train("train.steps=2", "eval=[]")
-    (line,) = re.findall(r"start-up +([\d.]+) s: (.*)", (folder / "log.txt").read_text())
+def test_a_run_logs_them_once(inside) -> None:
+    code, text = inside(*SMALL, "train.steps=2", "eval=[]", "run_dir=run")
+    assert code == 0, text
+    (line,) = re.findall(r"start-up +([\d.]+) s: (.*)", text)
     seconds = [float(part.rpartition(" ")[2]) for part in line[1].split(", ")]
     assert "imports" in line[1] and line[1].endswith(f"first step {seconds[-1]}")
     assert sum(seconds) == pytest.approx(float(line[0]), abs=0.1 * len(seconds))
