@@ -71,7 +71,8 @@ class Positions(Sampler[list[Position]]):
                 epoch, index = divmod(position, self.images)
                 if epoch != current:
                     order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.images)
-                    order = contents(self.shares, epoch, self.seed)[order]
+                    if any(images != seen for images, seen in self.shares):  # else in their order, each once
+                        order = contents(self.shares, epoch, self.seed)[order]
                     current = epoch
                 positions.append((epoch, int(order[index]), number))
             yield list(devices.share(positions))
