@@ -29,7 +29,7 @@ examples
 def usage() -> str:
     """The groups and their options, each with the first comment of its file; imports nothing heavy."""
     lines = [USAGE + "groups"]
-    for group in ("task", "model", "dataset", "eval", "loss", "augment", "logger", "experiment"):
+    for group in ("task", "model", "dataset", "eval", "loss", "augment", "logger", "experiment", "sweep"):
         for index, name in enumerate(config.options(group)):
             text = config.find(group, name).read_text()
             comments = (line[2:] for line in text.splitlines() if line.startswith("# "))
@@ -63,6 +63,7 @@ def job(cfg: Any) -> float | None:
 def run(cfg: Any) -> float | None:
     """One job: validate, then hand over to `neco.task.<task>`; returns the objective of a sweep."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
 
     startup.begin()
@@ -94,6 +95,8 @@ def run(cfg: Any) -> float | None:
     except interrupt.Interrupted as stop:
         last = output / "checkpoints" / "last.ckpt"
         saved = f"saved in {last}" if last.is_file() else f"what is done is in {output}"
+        if hydra.mode == RunMode.MULTIRUN:  # all of it: jobs that are done stay so
+            overrides, output = sys.argv[1:], Path(hydra.sweep.dir)
         again = [*(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={output}"]
         stop.args = (f"{stop}; {saved}. To go on: python -m neco {shlex.join(again)}",)
         raise

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from neco.values import (
     PositiveFraction,
     Seed,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,14 @@ def find(group: str, name: str) -> Path:
         if (path := base / group / f"{name}.yaml").is_file():
             return path
     raise NecoError(f"no such option: {group}={name}{nearest(name, options(group))} [looked in conf/{group}]")
+
+
+def lineage(group: str, name: str) -> list[str]:
+    """The option and, after it, those of its group that it is based on."""
+    if not any((base / group / f"{name}.yaml").is_file() for base in (folder(), *user_folders())):
+        return []
+    bases = (yaml.safe_load(find(group, name).read_text()) or {}).get("defaults", [])
+    return [name, *(each for base in bases if isinstance(base, str) for each in lineage(group, base.split("@")[0]))]
 
 
 def nearest(wrong: str, valid: Sequence[str]) -> str:
@@ -373,6 +384,10 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
     for name in ("dataset", "val_dataset"):
         if isinstance(config.get(name), Mapping) and "parts" in config[name]:
             config[name] = mixed(config[name], name, config)
+    if surplus := preset_for_another(config, choices, overrides):
+        config["loss"] = {key: value for key, value in config["loss"].items() if key not in surplus}
+        keys = ", ".join(f"loss.{key}" for key in surplus)
+        log.info("experiment=%s without %s: loss=%s has none", choices["experiment"], keys, choices["loss"])
     settings = Settings(config, run, spine, dict(choices), list(overrides))
     settings.build_all("eval")
     for key, node in config["logger"].items():
@@ -382,6 +397,18 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
             settings.build(name)
     settings.build("extract", device="cpu")
     return settings
+
+
+def preset_for_another(config: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Keys that the preset sets for another loss and the chosen one does not have."""
+    node = config.get("loss")
+    if not choices.get("experiment") or not isinstance(node, Mapping) or "_target_" not in node:
+        return []
+    known, preset = {"_target_", *parameters(locate(node["_target_"]))}, f"experiment/{choices['experiment']}.yaml"
+    said = [override for override in overrides if not override.startswith("loss=")]  # the choice sets no key
+    found = [key for key in node if key not in known and origin(f"loss.{key}", said, choices).endswith(preset)]
+    losses = [locate(option("loss", name, config)["_target_"]) for name in options("loss")] if found else []
+    return [key for key in found if any(key in parameters(loss) for loss in losses)]
 
 
 def load(*overrides: str) -> Settings:
@@ -412,12 +439,12 @@ def origin(key: str, overrides: Sequence[str], choices: Mapping[str, Any]) -> st
     if said:
         return f"the command line ({overrides[max(said, key=lambda i: (len(names[i]), i))]})"
     # What is composed later comes first here.
-    places = [(f"{group}/{choices.get(group)}", "") for group in ("machine", "experiment", "task")]
+    places = [(f"{group}/{choices.get(group)}", "") for group in ("machine", "sweep", "experiment", "task")]
     for group, choice in choices.items():
         group, _, node = group.rpartition("@")
         for option in choice if isinstance(choice, list) else [choice]:
             package = f"{node}.{option}" if node in LISTS else node
-            places += [(f"{group or node}/{name}", package) for name in (option, "_common")]
+            places += [(f"{group or node}/{name}", package) for name in lineage(group or node, option)]
     for place, package in [*places, ("config", "")]:
         for base in (folder(), *(user_folders() if place != "config" else ())):
             path = base / f"{place}.yaml"

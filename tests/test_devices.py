@@ -29,6 +29,10 @@ VARIANTS = {
     "masked": ["loss.mask=fg"],
     "masked queue": ["loss.mask=bg", "loss.references=queue", "loss.queue_size=64"],
     "no teacher": ["train.teacher=none"],
+    "contrast": ["loss=infonce"],
+    "masked kernels": ["loss=paka", "loss.mask=fg"],
+    "prototypes": ["loss=leopart", "loss.prototypes=8"],
+    "masked prototypes": ["loss=leopart", "loss.prototypes=8", "loss.mask=bg"],
 }
 
 
@@ -65,7 +69,8 @@ def steps(variant: str) -> tuple[list[float], list[torch.Tensor]]:
         loss = module.training_step(batch(part), index)
         loss.backward()
         found.append(float(devices.total(loss.detach())) / devices.world())
-    grads = [devices.total(p.grad) / devices.world() for p in module.student.parameters() if p.grad is not None]
+    trained = [p for part in (module.student, module.loss) for p in part.parameters() if p.grad is not None]
+    grads = [devices.total(p.grad) / devices.world() for p in trained]
     return found, grads
 
 
@@ -153,12 +158,13 @@ def test_two_devices_train_as_one_and_resume_as_one(neco, train, tmp_path, strat
     assert all(r["metrics"] for r in after) and len(after) == 4
     features = load_backbone(str(tmp_path / "two"))(torch.zeros(1, 3, 32, 32))
     assert torch.allclose(features, load_backbone(str(one))(torch.zeros(1, 3, 32, 32)), atol=0.05)
-    # three steps of two devices, then three of one, as six of one
-    six = train(PLAIN, "train.steps=6", folder="six")
+    # three steps of two devices, then three of one, as six of one; with parameters of the loss
+    clusters = [PLAIN, "loss=leopart", "loss.prototypes=8", "train.steps=6"]
+    six = train(*clusters, folder="six")
     more = tmp_path / "more"
-    neco(*several, PLAIN, "train.steps=6", "train.save_epochs=1", f"run_dir={more}", ok=True)
+    neco(*several, *clusters, "train.save_epochs=1", f"run_dir={more}", ok=True)
     (more / "checkpoints/epoch_0001.ckpt").replace(more / "checkpoints/last.ckpt")
-    train(PLAIN, "train.steps=6", "train.save_epochs=1", folder="more")
+    train(*clusters, "train.save_epochs=1", folder="more")
     assert losses(more) == pytest.approx(losses(six), rel=1e-4)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from neco.loss.neco import NeCo, similarities
+from neco.loss.base import similarities
+from neco.loss.neco import NeCo
 from neco.loss.relaxation import RELAXATIONS
 from neco.loss.sorting import soft_sort
 from neco.training.references import deal

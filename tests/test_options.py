@@ -70,6 +70,7 @@ def test_lambda_of_another_relaxation_is_refused():
 def test_loss_gives_gradient_to_the_student_alone(name):
     wanted = config.load(f"loss={name}", "loss.grid=3")
     loss, generator = wanted.build("loss"), torch.Generator().manual_seed(0)
+    loss.attach(8)
     student, teacher, references = (
         torch.randn(2, 3, 9, 8, generator=generator, requires_grad=r) for r in (True, True, False)
     )

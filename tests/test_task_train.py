@@ -80,6 +80,7 @@ VARIANTS = {
     "bf16": ["train.precision=bf16", "train.clip=0.5"],
     "multi_scale": ["augment.multi_scale=[0.5,1.0,1.5]", "train.accumulate=2"],
     "adapters": ["train.lora_rank=2", "train.checkpoint_activations=true"],
+    "prototypes": ["loss=leopart", "loss.prototypes=8", "train.accumulate=2"],
     "layers": ["optim.layer_decay=0.5", "train.blocks=[0,2]"],
 }
 
@@ -292,6 +293,34 @@ def test_other_teachers(train, kind):
     records = json.loads((folder / "results.json").read_text())
     assert {r["network"] for r in records} == {"student"}
     train(*options, "eval=overcluster", "eval.overcluster.k=4")  # a finished run is found again
+
+
+@pytest.mark.parametrize("kind", ("ema", "head_ema", "frozen", "none"))
+def test_prototypes_go_with_the_head(train, kind):
+    options = ["loss=leopart", "loss.prototypes=8", f"train.teacher={kind}", "train.momentum=[0.5,0.5]"]
+    held = state(train(*options, "train.steps=1"))
+    start = state(train(*options, "train.steps=1", "optim.head_lr=0", folder="start"))["state_dict"]
+    first, moved, copied = (x[f"loss.{side}.weight"] for x, side in (
+        (start, "student"), (held["state_dict"], "student"), (held["state_dict"], "teacher"),
+    ))  # fmt: skip
+    assert not torch.equal(first, moved), "they are in the optimiser"
+    expected = {"frozen": first, "none": moved}.get(kind, (first + moved) / 2)
+    assert torch.allclose(copied, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_another_loss_is_another_run(train):
+    train("train.steps=1")
+    with pytest.raises(NecoError, match=r"holds other parameters: loss\._target_: neco\.loss\.neco\.NeCo ->"):
+        train("train.steps=1", "loss=leopart")
+
+
+def test_losses_without_references_get_none(train, monkeypatch):
+    from neco.loss.gram import Gram
+
+    real, seen = Gram.compare, []
+    monkeypatch.setattr(Gram, "compare", lambda self, *cells: seen.append(cells[2:]) or real(self, *cells))
+    folder = train("loss=gram", "loss.mask=fg", "train.steps=1")
+    assert seen[0][0] is None and seen[0][1].shape == (4, 4, 9) and "kl" not in metrics(folder)[0]
 
 
 def test_without_a_teacher_the_references_carry_gradient(train, monkeypatch):

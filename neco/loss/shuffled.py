@@ -12,8 +12,8 @@ class Shuffled(NeCo):
     views is gone here, and one that it owes to anything else stays.
     """
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, references: Tensor, mask: Tensor | None = None
+    def compare(
+        self, student: Tensor, teacher: Tensor, references: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `NeCo.forward`, with the teacher's images moved on by one."""
-        return super().forward(student, teacher.roll(1, dims=1), references, mask)
+        """As NeCo's, with the teacher's images moved on by one."""
+        return super().compare(student, teacher.roll(1, dims=1), references, mask)

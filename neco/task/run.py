@@ -55,8 +55,8 @@ FREE |= {
 # What decides which parameters and buffers there are: the state of others is of no use.
 FIXED = (
     "task", "model.name", "model.size", "model.registers", "model.arch", "head", "augment.global_views",
-    "loss.references", "loss.queue_size", "optim.layer_decay", "train.teacher", "train.blocks", "train.embeddings",
-    "train.lora_rank", "train.lora_alpha", "finetune.decoder", "the classes",
+    "loss._target_", "loss.references", "loss.queue_size", "loss.prototypes", "optim.layer_decay", "train.teacher",
+    "train.blocks", "train.embeddings", "train.lora_rank", "train.lora_alpha", "finetune.decoder", "the classes",
 )  # fmt: skip
 
 

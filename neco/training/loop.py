@@ -193,7 +193,7 @@ class Loop(pl.Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(row, step)
-        numbers = "  ".join(f"{name} {row[name]:.4f}" for name in module.shown)
+        numbers = "  ".join(f"{name} {row[name]:.4f}" for name in module.shown if name in row)
         text = f"{numbers}  {row['images_per_second']:.1f} images/s"
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)

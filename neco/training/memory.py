@@ -131,8 +131,8 @@ def estimate(module: Any, sizes: list[tuple[int, int]], batch: int, bf16: bool, 
     """
     views = len(sizes) + (module.global_views == 1)  # a single global view is the teacher's alone
     images = len(pair_order(module.global_views, views)) * batch
-    patches, references = module.loss.grid**2, module.loss.reference_count
-    compared = 16 * images * patches * references + 12 * images * (2 * patches + references) * module.student.head.out
+    patches, others = module.loss.grid**2, module.loss.compared
+    compared = 16 * images * patches * others + 12 * images * (2 * patches + others) * module.student.head.out
     student = copy.deepcopy(module.student).to("meta").train()
     if bf16:
         student = student.bfloat16()

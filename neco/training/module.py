@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from neco import config
 from neco.augment.colour import normalise
-from neco.loss.base import Loss
+from neco.loss.base import Loss, Referring
 from neco.model.backbone import Backbone
 from neco.model.head import Head
 from neco.model.mask import foreground
@@ -43,7 +43,8 @@ class PostTraining(Module):
 
     The teacher starts as an exact copy of the student, head included, never has a graph, and follows the student after
     each optimiser step: `ema` all of it, `head_ema` its head alone, `frozen` none of it. With `none` there is none: the
-    student's own global views give order and references, and the references carry gradient.
+    student's own global views give order and references, and the references carry gradient. What a loss has of
+    parameters goes with the head.
 
     Position and tensors are all that a checkpoint needs.
     """
@@ -73,8 +74,11 @@ class PostTraining(Module):
         alone = options.teacher == "none"
         self.teacher = None if alone else copy.deepcopy(self.student).eval().requires_grad_(False)
         self.loss = loss
+        loss.attach(head.out)
         self.global_views = global_views
-        self.queue = Queue(loss.queue_size, global_views, head.out) if loss.references == "queue" else None
+        self.queue = None
+        if isinstance(loss, Referring) and loss.references == "queue":
+            self.queue = Queue(loss.queue_size, global_views, head.out)
 
     def parts(self) -> tuple[Backbone, nn.Module, nn.Module]:
         return self.student.backbone, self.student.head, self.loss
@@ -140,10 +144,11 @@ class PostTraining(Module):
         if kept is not None:
             order = pair_order(self.global_views, on_global.shape[2])
             mask = align(kept[..., None].float(), on_global, order, **shape)[..., 0] >= WHOLE
+        references = None
         if self.queue:
             both = None if kept is None or mask is None else (kept, mask)
             references = self.queue(teacher, theirs, self.seed, index, loss.reference_count, both)
-        else:
+        elif isinstance(loss, Referring):
             references = from_batch(loss.references, theirs, loss.reference_count, self.seed, index, mask)
         total, extra = loss(ours, theirs, references, mask)
         return total, extra if mask is None else {**extra, "kept": mask.float().mean()}
@@ -152,6 +157,8 @@ class PostTraining(Module):
         if self.options.strategy == "fsdp" and self.options.processes > 1:
             for network in filter(None, (self.student, self.teacher)):
                 strategies.shard(network, self.device_mesh)
+            if self.loss.student:
+                strategies.shard_whole(self.loss, self.device_mesh)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         momentum = optim.cosine(*self.options.momentum, self.global_step, self.steps)
@@ -160,6 +167,8 @@ class PostTraining(Module):
             part = {"ema": "", "head_ema": "head"}.get(self.options.teacher)
             if part is not None:
                 follow(self.teacher.get_submodule(part), self.student.get_submodule(part), momentum)
+        if self.loss.student and self.loss.teacher and self.options.teacher != "frozen":
+            follow(self.loss.teacher, self.loss.student, momentum if self.teacher else 0.0)
         self.step_metrics["momentum"] = momentum
 
 

@@ -33,9 +33,14 @@ def shard(network: Any, mesh: Any) -> None:
     backbone = network.backbone
     # The last block goes with the rest: its attention is read without calling it.
     for part in (*backbone.net.blocks[:-1], backbone, network.head):
-        fully_shard(part, mesh=mesh["data_parallel"], reshard_after_forward=True)  # a teacher has no backward to do it
+        shard_whole(part, mesh)
     register_fsdp_forward_method(backbone, "forward_attention")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # returns a view: nothing here writes into it
+
+
+def shard_whole(module: nn.Module, mesh: Any) -> None:
+    """Spread any module: all its parameters are whole while it is called."""
+    fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=True)  # a teacher has no backward to do it
 
 
 def local(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
