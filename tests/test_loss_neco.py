@@ -39,8 +39,8 @@ def slow(loss: NeCo, student: Tensor, teacher: Tensor, references: Tensor, mask:
         for image in range(B):
             for patch in range(N):
                 if mask[pair, image, patch]:
-                    p = order(student[pair, image, patch], references[pair, image], loss.student_steepness)
-                    q = order(teacher[pair, image, patch], references[pair, image], loss.teacher_steepness)
+                    p = order(student[pair, image, patch], references[pair, image], loss.steepness[0])
+                    q = order(teacher[pair, image, patch], references[pair, image], loss.steepness[1])
                     total += sum(-(q[i] * p[i].log()).sum() for i in range(R)) / R
                     kept += 1
         pairs.append(total / kept if kept else total)
@@ -51,7 +51,7 @@ def slow(loss: NeCo, student: Tensor, teacher: Tensor, references: Tensor, mask:
 @pytest.mark.parametrize("similarity", ("cosine", "euclidean"))
 @pytest.mark.parametrize("masked", (False, True))
 def test_against_loops(network: str, similarity: str, masked: bool) -> None:
-    check_loops(NeCo(network=network, similarity=similarity, student_steepness=20.0, teacher_steepness=50.0), masked)
+    check_loops(NeCo(network=network, similarity=similarity, steepness=(20.0, 50.0)), masked)
 
 
 @pytest.mark.parametrize(
@@ -60,19 +60,17 @@ def test_against_loops(network: str, similarity: str, masked: bool) -> None:
      ("optimal", None)],
 )  # fmt: skip
 def test_relaxations_against_loops(name: str, art_lambda: float | None) -> None:
-    check_loops(
-        NeCo(relaxation=name, art_lambda=art_lambda, student_steepness=3.0, teacher_steepness=2.0), masked=False
-    )
+    check_loops(NeCo(relaxation=name, art_lambda=art_lambda, steepness=(3.0, 2.0)), masked=False)
 
 
 @pytest.mark.parametrize("name", RELAXATIONS)
 def test_null_is_the_steepness_of_the_relaxation(name: str) -> None:
     loss = NeCo(relaxation=name)
-    assert loss.student_steepness == loss.teacher_steepness == RELAXATIONS[name].steepness
+    assert loss.steepness == (RELAXATIONS[name].steepness,) * 2
     value = loss(*inputs())[0]
-    assert torch.equal(NeCo(relaxation=name, student_steepness=loss.student_steepness)(*inputs())[0], value)
-    assert not torch.equal(NeCo(relaxation=name, student_steepness=1.0)(*inputs())[0], value)
-    assert not torch.equal(NeCo(relaxation=name, teacher_steepness=1.0)(*inputs())[0], value)
+    assert torch.equal(NeCo(relaxation=name, steepness=loss.steepness)(*inputs())[0], value)
+    assert not torch.equal(NeCo(relaxation=name, steepness=(1.0, loss.steepness[1]))(*inputs())[0], value)
+    assert not torch.equal(NeCo(relaxation=name, steepness=(loss.steepness[0], 1.0))(*inputs())[0], value)
 
 
 def check_loops(loss: NeCo, masked: bool) -> None:
@@ -107,7 +105,7 @@ def test_published_ten_pairs() -> None:
     theirs = torch.stack([align(teacher[anchor], given["box_gc"][:, anchor, view]) for anchor, view in order])
     references = deal(theirs, given["permutations"])
     assert torch.equal(references, given["ref_pairs"].flatten(3).mT)
-    loss = NeCo(network="bitonic", similarity="cosine", student_steepness=100.0, teacher_steepness=100.0)
+    loss = NeCo(network="bitonic", similarity="cosine", steepness=100.0)
     assert torch.allclose(loss(ours, theirs, references)[0], given["loss"], rtol=0, atol=1e-12)
     pairs = [loss(*(x[pair : pair + 1] for x in (ours, theirs, references)))[0] for pair in range(len(order))]
     assert torch.allclose(torch.stack(pairs), given["pair_losses"], rtol=0, atol=1e-12)
@@ -170,7 +168,7 @@ def test_autocast_changes_nothing(network: str) -> None:
         tensors = inputs(torch.float32)
         tensors[0].requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            value, metrics = NeCo(network=network, student_steepness=1000.0)(*tensors)
+            value, metrics = NeCo(network=network, steepness=(1000.0, 100.0))(*tensors)
         value.backward()
         results.append((value, metrics["entropy"], tensors[0].grad))
     assert results[0][0].dtype == torch.float32

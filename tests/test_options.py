@@ -56,7 +56,7 @@ def test_loss_trains(train, name):
 
 @pytest.mark.parametrize("name", ("logistic", "logistic_phi", "gaussian", "reciprocal", "optimal"))
 def test_relaxation_trains(train, name):
-    extra = ["loss.art_lambda=0.5"] if name == "logistic_phi" else ["loss.teacher_steepness=20"]
+    extra = ["loss.art_lambda=0.5"] if name == "logistic_phi" else ["loss.steepness=[30,20]"]
     found = losses(train(f"loss.relaxation={name}", *extra, "train.steps=2"))
     assert len(found) == 2 and all(torch.isfinite(torch.tensor(found)))
 

@@ -72,7 +72,7 @@ def test_a_preset_is_what_was_published(name: str) -> None:
     loss = settings.build("loss")
     assert (loss.references, loss.reference_count, loss.grid, loss.queue_size) == (references, 49, 7, 8192)
     assert (loss.network, loss.relaxation.share, loss.similarity, loss.mask) == ("bitonic", cauchy, "cosine", "all")
-    assert loss.student_steepness == loss.teacher_steepness == 100
+    assert loss.steepness == (100, 100)
     head = settings.config["head"]
     assert (head["hidden"], head["out"], head["layers"]) == (2048, 256, 3)
     assert (settings.run.seed, settings.choices["dataset"]) == (400, "coco")

@@ -62,6 +62,37 @@ def test_a_sweep_is_its_runs_and_a_table(inside, tmp_path):
     assert all(line.endswith("(2)") for line in table[3:])
 
 
+SWEPT = {  # where the values are too large for here
+    "train_data": "shapes",
+    "batch_size": "2,4",
+    "grid": "2,3",
+    "paper_eval": "shapes",
+    "loss": "neco,leopart",
+}
+
+
+@pytest.mark.parametrize("name", config.options("sweep"))
+def test_every_sweep_changes_one_thing_and_runs(name, inside, tmp_path):
+    node = yaml.safe_load((config.folder() / f"sweep/{name}.yaml").read_text())
+    params = node["hydra"]["sweeper"]["params"]
+    (key,) = (key for key in params if key not in ("seed", "model"))
+    values = SWEPT.get(name, str(params[key]).strip("'"))
+    small = [o for o in SMALL if not o.startswith(f"{key}=")] + ["train.steps=2", "seed=0"]
+    if name == "paper_eval":
+        dropped = [f"eval.{e}.drop_last=2" for e in ("linear", "overcluster", "retrieval")]
+        small = ["dataset.train=6", "dataset.val=5", "weights=none", "eval.linear.epochs=1", *dropped]
+        small += ["eval.overcluster.k=[null,9]", "eval.overcluster.seeds=[0]"]
+    code, said = inside(f"sweep={name}", "model=tiny", "dataset=shapes", *small, f"{key}={values}", "run_dir=out")
+    assert code == 0, said
+    runs = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert len(runs) == {"steepness": 5, "crop_scale": 3}.get(name, len(values.split(",")))
+    if name == "paper_eval":
+        metrics = [r["metrics"] for r in json.loads((runs[0] / "results.json").read_text())]
+        assert [*map(len, metrics)] == [1, 2, 1] and metrics[1].keys() == {"miou_k8", "miou_k9"}
+    else:
+        assert all(len(losses(run)) == 2 for run in runs)
+
+
 def test_loss_sweep_has_every_loss():
     params = yaml.safe_load((config.folder() / "sweep/loss.yaml").read_text())["hydra"]["sweeper"]["params"]
     assert sorted(params["loss"].split(",")) == config.options("loss")
@@ -71,9 +102,9 @@ def test_keys_of_a_preset_for_another_loss_fall_away(caplog):
     with caplog.at_level("INFO", "neco"):
         chosen = config.load("experiment=demo", "loss=cosine")
     assert chosen.config["loss"] == {"_target_": "neco.loss.cosine.Cosine", "grid": 5, "mask": "all"}
-    assert "experiment=demo without loss.teacher_steepness: loss=cosine has none" in caplog.text
-    assert config.load("experiment=demo", "loss=shuffled").config["loss"]["teacher_steepness"] == 1000
-    for wrong in (["loss.teacher_steepness=5"], ["+loss.stepness=5"]):
+    assert "experiment=demo without loss.steepness: loss=cosine has none" in caplog.text
+    assert config.load("experiment=demo", "loss=shuffled").config["loss"]["steepness"] == [100, 1000]
+    for wrong in (["loss.steepness=5"], ["+loss.stepness=5"]):
         with pytest.raises(NecoError, match=wrong[0].strip("+").split("=")[0]):
             config.load("experiment=demo", "loss=cosine", *wrong)
 

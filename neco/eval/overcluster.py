@@ -49,7 +49,7 @@ class Overcluster:
     Args:
         size: of the input in pixels, or [height, width]; null = the multiple of the patch nearest to 448 (to the
             data's own size if drawn).
-        k: number of clusters, or several; null = the number of classes.
+        k: number of clusters, or several; null, also among several = the number of classes.
         seeds: of k-means (published: 0 to 4).
         pca: channels kept, all of them where the features have fewer.
         pca_rows: PCA is fitted on at most so many patches for each input channel.
@@ -69,7 +69,7 @@ class Overcluster:
         *,
         compat: Compat = "standard",
         size: Size | None = None,
-        k: Positive | list[Positive] | None = None,
+        k: Positive | list[Positive | None] | None = None,
         seeds: tuple[NonNegative, ...] = (0, 1, 2, 3, 4),
         pca: Positive = 50,
         pca_rows: Positive = 1000,
@@ -99,7 +99,7 @@ class Overcluster:
         Raises NecoError for everything that can be seen to fail before the first image is read.
         """
         size, samples = input_size(self.size, SIZE, patch, dataset), labelled(dataset, "val", self.drop_last)
-        ks = sorted(set(self.k if isinstance(self.k, list) else [self.k or len(dataset.classes)]))
+        ks = sorted(set(self._ks(dataset)))
         if ks[-1] > (patches := len(samples) * prod(token_grid(size, patch))):
             images = f"{len(samples)} images of {size_name(size)}"
             raise NecoError(f"k={ks[-1]} clusters of {patches} patches ({images}): use a smaller k")
@@ -107,7 +107,10 @@ class Overcluster:
 
     def names(self, dataset: Dataset) -> list[str]:
         """Of the metrics."""
-        return [f"miou_k{k}" for k in (self.k if isinstance(self.k, list) else [self.k or len(dataset.classes)])]
+        return [f"miou_k{k}" for k in self._ks(dataset)]
+
+    def _ks(self, dataset: Dataset) -> list[int]:
+        return [k or len(dataset.classes) for k in (self.k if isinstance(self.k, list) else [self.k])]
 
     def __call__(
         self, backbone: PatchFeatures, dataset: Dataset, *, extract: Extract | None = None, seed: int = 0, show: int = 0

@@ -25,6 +25,12 @@ class NeCo(Referring):
 
     The floor of the loss is the entropy of Q; `kl`, the difference, is the part that can move. `agreement` is the share
     of patches whose nearest reference is the same for both.
+
+    Args:
+        network, relaxation, art_lambda: how sorting is relaxed, see `neco.loss.sorting`.
+        steepness: how hard the orders are, the higher the harder: of both, or (student, teacher); None: that of the
+            relaxation.
+        similarity: of patches and references; the Euclidean distance is negated, so that larger is nearer.
     """
 
     def __init__(
@@ -33,16 +39,16 @@ class NeCo(Referring):
         network: Network = "bitonic",
         relaxation: RelaxationName = "cauchy",
         art_lambda: Annotated[float, Ge(0), Lt(1)] | None = None,
-        student_steepness: PositiveFloat | None = None,
-        teacher_steepness: PositiveFloat | None = None,
+        steepness: PositiveFloat | tuple[PositiveFloat, PositiveFloat] | None = None,
         similarity: Similarity = "cosine",
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self.network: Network = network
         self.relaxation = choose(relaxation, art_lambda)
-        self.student_steepness = student_steepness or self.relaxation.steepness
-        self.teacher_steepness = teacher_steepness or self.relaxation.steepness
+        given = steepness or self.relaxation.steepness
+        student, teacher = given if isinstance(given, tuple) else (given, given)
+        self.steepness = float(student), float(teacher)
         self.similarity: Similarity = similarity
 
     def compare(
@@ -51,8 +57,7 @@ class NeCo(Referring):
         ours = similarities(student, references, self.similarity)
         with torch.no_grad():
             theirs = similarities(teacher, references, self.similarity)
-        steepness = self.student_steepness, self.teacher_steepness
         rows = ours.flatten(0, 2), theirs.flatten(0, 2)
-        loss, entropy = sort_cross_entropy(*rows, self.network, *steepness, self.relaxation)
+        loss, entropy = sort_cross_entropy(*rows, self.network, *self.steepness, self.relaxation)
         agree = ours.argmax(-1) == theirs.argmax(-1)
         return above_floor(loss.view_as(agree), entropy.view_as(agree), agree, mask)
