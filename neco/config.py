@@ -29,6 +29,7 @@ from neco.values import (
     PositiveFloat,
     PositiveFraction,
     Seed,
+    Size,
 )
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,18 @@ class Optim:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Embed:
+    """What features of which images are written; `shard_mb` cannot change them."""
+
+    split: str
+    size: Size | Literal["native"]
+    limit: Positive
+    pool: Literal["none", "mean"]
+    dtype: Literal["float16", "float32"]
+    shard_mb: PositiveFloat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """The keys at the top of the configuration."""
 
@@ -157,9 +170,12 @@ class Run:
     show: NonNegative
     compare: str | None = None
     runs: list[str] = dataclasses.field(default_factory=list)
+    format: Literal["timm", "dinov2", "safetensors", "onnx"] = "timm"
+    file: str | None = None
+    results: list[str] = dataclasses.field(default_factory=list)
 
 
-SPINE: dict[str, type] = {"train": Train, "finetune": Finetune, "optim": Optim}
+SPINE: dict[str, type] = {"train": Train, "finetune": Finetune, "optim": Optim, "embed": Embed}
 LEAVES = ("model", "augment", "dataset", "val_dataset", "loss", "head", "extract")
 LISTS = ("eval", "logger")
 LOGGER = ("folder", "step")  # what a logger is given at run time
@@ -414,10 +430,15 @@ def preset_for_another(config: Mapping[str, Any], choices: Mapping[str, Any], ov
 def load(*overrides: str) -> Settings:
     """The validated settings of `python -m neco OVERRIDES`, for scripts, notebooks and tests."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    with initialize_config_dir(str(folder()), version_base="1.3"):
-        composed = compose("config", list(overrides), return_hydra_config=True)
+    around, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a run that this is called from
+    try:
+        with initialize_config_dir(str(folder()), version_base="1.3"):
+            composed = compose("config", list(overrides), return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = around
     choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
     OmegaConf.set_struct(composed, False)
     del composed["hydra"]

@@ -13,6 +13,7 @@ from conftest import CONF, losses
 from neco import config
 from neco.config import locate
 from neco.errors import NecoError
+from neco.model.export import FILES
 
 
 def options(group: str) -> list[str]:
@@ -38,13 +39,19 @@ def test_task_has_its_keys_and_its_two_parts(name):
     chosen, task = config.load(f"task={name}"), importlib.import_module(f"neco.task.{name}")
     assert chosen.run.task == name and callable(task.prepare) and callable(task.main)
     node = yaml.safe_load((CONF / "task" / f"{name}.yaml").read_text()).get(name)
-    assert (node is None) == (name not in config.SPINE) and (node is None or chosen.spine[name].node == name)
+    assert (node is None) == (name not in config.SPINE) and (
+        node is None or getattr(chosen.spine[name], "node", name) == name
+    )
 
 
 @pytest.mark.parametrize("decoder", get_args(get_type_hints(config.Finetune)["decoder"]))
 def test_decoder_trains(finetune, decoder):
     found = losses(finetune(f"finetune.decoder={decoder}", "finetune.steps=2"))
     assert len(found) == 2 and all(torch.isfinite(torch.tensor(found)))
+
+
+def test_formats_of_weights_are_those_that_can_be_chosen():
+    assert {*get_args(get_type_hints(config.Run)["format"])} == FILES.keys()
 
 
 @pytest.mark.parametrize("name", options("loss"))

@@ -332,7 +332,7 @@ class Extract:
             return
         with Entry(self.cache, spec, len(samples)) as entry:
             for rows, (images, masks) in self._load(items, f"features of {what}"):
-                features = self._forward(backbone, images, std)
+                features = self.forward(backbone, images, std)
                 entry.write(features.numpy())
                 yield rows, features, masks
 
@@ -369,7 +369,8 @@ class Extract:
             yield slice(start, min(start + self.batch_size, images)), [torch.empty(0, dtype=torch.uint8)] * 2
 
     @torch.no_grad()
-    def _forward(self, backbone: PatchFeatures, images: Tensor, std: tuple[float, float, float]) -> Tensor:
+    def forward(self, backbone: PatchFeatures, images: Tensor, std: tuple[float, float, float] = STD) -> Tensor:
+        """Images uint8 (B, 3, H, W) -> features float32 (B, h, w, D), on the CPU. Raises NecoError for others."""
         device = self.place(backbone)
         normal = [torch.tensor(value, device=device).reshape(3, 1, 1) for value in (MEAN, std)]
         pixels = images.to(device).float().div(255).sub(normal[0]).div(normal[1])

@@ -13,18 +13,25 @@ from neco.model.backbone import Backbone
 
 
 def last_checkpoint(source: str) -> str:
-    """A run folder stands for its last checkpoint; anything else for itself. Raises NecoError for a run without one."""
+    """A run folder stands for its last checkpoint, or what was exported into it; anything else for itself.
+
+    Raises NecoError for a run without any.
+    """
     folder = Path(source).expanduser()
-    path = folder / "checkpoints" / "last.ckpt"
-    if (folder / "config.yaml").is_file() and not path.is_file():
-        raise NecoError(f"{source} is a run without a checkpoint: no {path}; it stopped before its first save")
-    return str(path) if path.is_file() else source
+    last, exported = folder / "checkpoints" / "last.ckpt", folder / "model.safetensors"
+    if found := next((path for path in (last, exported) if path.is_file()), None):
+        return str(found)
+    if (folder / "config.yaml").is_file():
+        raise NecoError(f"{source} is a run without a checkpoint: no {last}; it stopped before its first save")
+    return source
 
 
 def trained_model(source: str | None, trust_pickle: bool = False) -> dict[str, Any] | None:
-    """The `model` node that one of our own checkpoints was trained with; None for any other source."""
-    if source is None or not source.endswith(".ckpt") or not Path(source).is_file():
+    """The `model` node that one of our own checkpoints or exported files holds; None for any other source."""
+    if source is None or not source.endswith((".ckpt", ".safetensors")) or not Path(source).is_file():
         return None
+    if source.endswith(".safetensors"):
+        return _weights.header(Path(source)).get("model")
     held = _weights.contents(Path(source), trust_pickle).get("neco")
     return held and held["config"]["model"]
 
@@ -39,7 +46,8 @@ def load_backbone(
     """A frozen backbone in evaluation mode: normalised images (B, 3, H, W) -> patch features (B, h, w, D).
 
     Args:
-        source: a run folder, a checkpoint, another weights file, a URL; or an option of conf/model for its own weights.
+        source: a run folder, a checkpoint, an exported file, another weights file, a URL; or an option of conf/model
+            for its own weights.
         weights: the network of a checkpoint that holds student and teacher (auto: the one its authors evaluate, mostly
             the teacher); none = random.
         model: option of conf/model for files that don't say what they are.

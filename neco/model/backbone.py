@@ -35,14 +35,47 @@ def interpolate_positions(pos: Tensor, h: int, w: int, rule: Rule, registers: bo
     - `neco`: the published NeCo code, scale factors with 0.1 and no antialias for all.
     """
     g = math.isqrt(pos.shape[1])
+    exact = rule == "timm" or (rule == "hub" and registers)
+    if isinstance(h, torch.SymInt) or isinstance(w, torch.SymInt):  # an export for all sizes
+        return _resampled(pos, h, w, exact)
     if (h, w) == (g, g):
         return pos
     grid = pos.to(torch.promote_types(pos.dtype, torch.float32)).reshape(1, g, g, -1).permute(0, 3, 1, 2)
-    if rule == "timm" or (rule == "hub" and registers):
+    if exact:
         grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
     else:  # the given factor, not h / g, maps the coordinates: that is the published behaviour, not a rounding detail
         grid = F.interpolate(grid, scale_factor=((h + 0.1) / g, (w + 0.1) / g), mode="bicubic")
     return grid.permute(0, 2, 3, 1).reshape(1, h * w, -1).to(pos.dtype)
+
+
+def _resampled(pos: Tensor, h: int, w: int, exact: bool) -> Tensor:
+    """`interpolate_positions` as two matrix products without a branch on h or w, so that both may be symbols."""
+    g = math.isqrt(pos.shape[1])
+    cells, rows, columns = (torch.arange(n, device=pos.device) for n in (g, h, w))
+    last = rows.max(), columns.max()
+    offset = 0.0 if exact else 0.1 * ~((last[0] == g - 1) & (last[1] == g - 1))  # none at h = w = g
+
+    def matrix(places: Tensor, last: Tensor) -> Tensor:
+        """Weights (n, g) of the cells for n places."""
+        scale = g / (last + 1 + offset)
+        centres = (places[:, None] + 0.5) * scale - 0.5
+        if exact:  # the kernel is as wide as what a place covers, and ends at the border
+            weights = _cubic((cells - centres) / scale.clamp(min=1), -0.5)
+            return weights / weights.sum(1, keepdim=True)
+        taps = centres.floor() + torch.arange(
+            -1, 3, device=pos.device
+        )  # four, those beyond the border stand for the cell there
+        return (_cubic(taps - centres, -0.75)[..., None] * (taps.clamp(0, g - 1)[..., None] == cells)).sum(1)
+
+    grid = torch.einsum("hi,wj,ijd->hwd", matrix(rows, last[0]), matrix(columns, last[1]), pos.reshape(g, g, -1))
+    return grid.reshape(1, h * w, -1)
+
+
+def _cubic(x: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution kernel."""
+    x = x.abs()
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((x - 5) * x + 8) * a * x - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
 
 
 class Backbone(nn.Module):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import json
 import math
 import re
 import zipfile
@@ -280,6 +281,15 @@ def contents(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise NecoError(f"{path} cannot be read as weights: it holds a {type(held).__name__}, no tensors by name")
     return held
+
+
+def header(path: Path) -> dict[str, Any]:
+    """What `task=export` noted in a `.safetensors` file: its `model` node and the hash of its `weights`. Or nothing."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("neco", "{}"))
+    except (OSError, ValueError, safetensors.SafetensorError):  # `contents` says what is wrong
+        return {}
 
 
 def _is_program(path: Path) -> bool:

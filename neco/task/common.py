@@ -25,7 +25,7 @@ from neco.dataset.inspect import inspect
 from neco.errors import NecoError
 from neco.eval.base import Result, input_size, size_name
 from neco.eval.pictures import shown
-from neco.model import last_checkpoint
+from neco.model import last_checkpoint, trained_model
 from neco.model.backbone import Attention, Backbone
 from neco.model.weights import Which, locate, weights_hash
 from neco.results import Results
@@ -92,6 +92,12 @@ def source_of_weights(settings: Settings) -> tuple[str | None, Which]:
     if source is None and run.weights != "auto":
         raise NecoError(f"weights={run.weights}: name the checkpoint that holds it: checkpoint=RUN_FOLDER_OR_FILE")
     return source, run.weights
+
+
+def model_of(settings: Settings, source: str | None) -> dict[str, Any]:
+    """The `model` node: that which `source` was made with, where it says so and the command line chooses none."""
+    held = None if settings.chosen("model") else trained_model(source, settings.run.trust_pickle)
+    return held or settings.config["model"]
 
 
 def outline(model: Mapping[str, Any] | None) -> Any:

@@ -12,8 +12,17 @@ from neco import devices, results
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
-from neco.model import trained_model, weights
-from neco.task.common import check_evaluations, choose_device, device_name, locked, measure, outline, source_of_weights
+from neco.model import weights
+from neco.task.common import (
+    check_evaluations,
+    choose_device,
+    device_name,
+    locked,
+    measure,
+    model_of,
+    outline,
+    source_of_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +48,7 @@ def prepare(settings: Settings) -> Job:
     if beside not in (None, "own"):
         other = replace(settings, run=replace(settings.run, checkpoint=beside, weights="auto"))
         beside, _ = call(source_of_weights, "compare", settings=other)
-    model = settings.config["model"]
-    if (trained := trained_model(source, settings.run.trust_pickle)) and not settings.chosen("model"):
-        model = trained
+    model = model_of(settings, source)
     network = outline(model)
     dataset = settings.build("dataset")
     if not settings.config["eval"]:

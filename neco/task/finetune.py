@@ -15,7 +15,6 @@ from neco.dataset.inspect import inspect
 from neco.errors import NecoError
 from neco.eval.base import labelled
 from neco.eval.sliding import SlidingWindows
-from neco.model import trained_model
 from neco.model.backbone import Backbone
 from neco.task.common import (
     check_devices,
@@ -23,6 +22,7 @@ from neco.task.common import (
     device_name,
     locked,
     measure,
+    model_of,
     outline,
     source_of_weights,
 )
@@ -61,9 +61,8 @@ def prepare(settings: Settings) -> Job:
     check_devices(options, device)
     check_resume(options)
     source, _ = source_of_weights(settings)
-    if (trained := trained_model(source, settings.run.trust_pickle)) and not settings.chosen("model"):
-        settings.config["model"] = trained
-    network = outline(settings.config.get("model"))
+    settings.config["model"] = model_of(settings, source)
+    network = outline(settings.config["model"])
     if settings.config["eval"]:
         chosen = f"eval=[{','.join(settings.config['eval'])}]"
         raise NecoError(f"{chosen}: task=finetune scores its own segmenter; then: task=eval checkpoint=RUN {chosen}")

@@ -1,0 +1,286 @@
+"""task=embed: the patch features of all images of a split, in files of bounded size, with an index.
+
+Each shard `features-00000.safetensors` holds `features` (rows, D), one row a patch, image after image; its header says
+which images. Shards appear whole, in order, so what there is says where to go on. `index.csv` is written last.
+Shapes: H W pixels, h w patches, D channels.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils import data
+
+from neco import devices, interrupt, results
+from neco.config import Embed, Settings, build, call
+from neco.dataset.base import Dataset, Sample, read_image, stored_size
+from neco.dataset.files import stamp
+from neco.dataset.inspect import places
+from neco.errors import NecoError
+from neco.eval.base import Extract, input_size
+from neco.model import weights
+from neco.progress import track
+from neco.task.common import choose_device, device_name, locked, model_of, outline, source_of_weights
+from neco.training.bad import look, too_many
+from neco.training.data import worker_init
+
+log = logging.getLogger(__name__)
+LOOKS = 200  # images whose size is looked up, to tell what the features of all will take
+
+
+@dataclass
+class Job:
+    """What `prepare` found out."""
+
+    dataset: Dataset
+    samples: list[Sample]
+    model: dict[str, Any]
+    source: str | None
+    which: weights.Which
+    device: torch.device
+
+
+def prepare(settings: Settings) -> Job:
+    """List the images, try a few, see whether the disk holds their features. Raises NecoError where one fails."""
+    options: Embed = settings.spine["embed"]
+    if devices.launched() > 1:
+        raise NecoError("task=embed runs in one process; to share the work give each its own images (dataset.files)")
+    device = choose_device(settings.run.device)
+    source, which = source_of_weights(settings)
+    model = model_of(settings, source)
+    network = outline(model)
+    dataset = settings.build("dataset")
+    samples = call(dataset.samples, "dataset", split=options.split)
+    if not samples:
+        raise NecoError(f"dataset: the {options.split} split of {settings.choices['dataset']} is empty")
+    call(side_rule, "embed", options=options, patch=network.patch, dataset=dataset)
+    look(samples, dataset.bad_limits(samples))
+    _fits(options, Path(settings.run.run_dir), network, dataset, samples)
+    return Job(dataset, samples, model, source, which, device)
+
+
+def side_rule(options: Embed, patch: int, dataset: Dataset) -> tuple[int, int] | None:
+    """Height and width of the input, None for `native`. Raises NecoError for what is no multiple of the patch."""
+    if options.size == "native":
+        if options.limit < patch:
+            raise NecoError(f"limit={options.limit} is smaller than the backbone's patch, {patch}")
+        return None
+    return input_size(options.size, 448, patch, dataset)
+
+
+def native(width: int, height: int, patch: int, limit: int) -> tuple[int, int]:
+    """Height and width of an image's own size in whole patches, shrunk so that neither is more than `limit`."""
+    factor = min(1.0, limit / max(width, height))
+    most = limit // patch
+    tall, wide = (min(most, max(1, round(side * factor / patch))) * patch for side in (height, width))
+    return tall, wide
+
+
+def _fits(options: Embed, folder: Path, network: Any, dataset: Dataset, samples: Sequence[Sample]) -> None:
+    size, patch = side_rule(options, network.patch, dataset), network.patch
+    cells = [size[0] * size[1] // patch**2] if size else []
+    for place in places(len(samples), LOOKS) if size is None else []:
+        try:
+            tall, wide = native(*stored_size(samples[place].image), patch, options.limit)
+        except NecoError:
+            continue
+        cells.append(tall * wide // patch**2)
+    rows = len(samples) * (1 if options.pool == "mean" else sum(cells) / max(1, len(cells)))
+    there = sum(path.stat().st_size for path in folder.glob("features-*.safetensors"))
+    needed = max(0.0, rows * network.dim * (2 if options.dtype == "float16" else 4) - there)
+    while not folder.exists():
+        folder = folder.absolute().parent
+    free = shutil.disk_usage(folder).free
+    log.info("features take about %.2f GB, %.0f GB are free", needed / 1e9, free / 1e9)
+    if needed > free:
+        raise NecoError(
+            f"embed: the features of {len(samples)} images need {needed / 1e9:.1f} GB more, {folder} has "
+            f"{free / 1e9:.1f} GB free: smaller embed.size, embed.pool=mean, or run_dir= on another disk"
+        )
+
+
+class Images(data.Dataset):
+    """At each index the image, uint8 (3, H, W), or why it cannot be read."""
+
+    def __init__(self, samples: Sequence[Sample], size: tuple[int, int] | None, patch: int, limit: int) -> None:
+        self.samples, self.size, self.patch, self.limit = samples, size, patch, limit
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            image = Image.fromarray(read_image(self.samples[index].image))
+        except NecoError as error:
+            return str(error)
+        tall, wide = self.size or native(*image.size, self.patch, self.limit)
+        pixels = np.array(image.resize((wide, tall), Image.Resampling.BILINEAR))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class Shards:
+    """The shards of a folder, and the one that is being filled.
+
+    `done`: how many of the samples they cover. `asked`: what features depend on, by name. Raises NecoError for a folder
+    that holds those of something else, or damaged ones.
+    """
+
+    def __init__(self, folder: Path, asked: dict[str, str], options: Embed) -> None:
+        self.folder, self.asked, self.options = folder, asked, options
+        self.done = self.count = 0
+        self.bad: list[tuple[str, str]] = []
+        for _, held in self.headers():
+            differs = [name for name in asked if held["asked"].get(name) != asked[name]]
+            if differs:
+                what = ", ".join(differs)
+                raise NecoError(f"run_dir={folder} holds features of other {what}; give task=embed one of its own")
+            self.done, self.count = held["end"], self.count + 1
+            self.bad += held["bad"]
+        self._start()
+
+    def _start(self) -> None:
+        self.rows: list[Tensor] = []
+        self.images: list[tuple[str, int, int]] = []
+        self.new: list[tuple[str, str]] = []
+        self.bytes = 0
+
+    def headers(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Name and header of each complete shard."""
+        for path in sorted(self.folder.glob("features-*.safetensors")):
+            try:
+                with safetensors.safe_open(path, "pt") as file:
+                    yield path.name, json.loads(file.metadata()["neco"])
+            except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+                raise NecoError(f"{path} is damaged ({error}): remove it and those after it, then go on") from error
+
+    def add(self, sample: Sample, found: Tensor | str) -> None:
+        """Append features (h, w, D) of the next image, or why it cannot be read."""
+        self.done += 1
+        if isinstance(found, str):
+            self.new.append((sample.key, found))
+            self.bad.append((sample.key, found))
+            return
+        rows = found.to(getattr(torch, self.options.dtype)).flatten(0, 1).contiguous()
+        if not rows.isfinite().all():
+            raise NecoError(f"features of {sample.key} are beyond float16: embed.dtype=float32")
+        self.rows.append(rows)
+        self.images.append((sample.key, *found.shape[:2]))
+        self.bytes += rows.nbytes
+        if self.bytes >= self.options.shard_mb * 1e6:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was added since the last shard, whole or not at all."""
+        if not self.images and not self.new:
+            return
+        about = {"asked": self.asked, "end": self.done, "images": self.images, "bad": self.new}
+        path = self.folder / f"features-{self.count:05d}.safetensors"
+        part = path.with_name(f".{path.name}.tmp")
+        rows = torch.cat(self.rows) if self.rows else torch.zeros(0, 1)
+        with part.open("wb") as file:  # save_file's would be for the owner only
+            file.write(safetensors.torch.save({"features": rows}, {"neco": json.dumps(about)}))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        self.count += 1
+        self._start()
+
+    def write_index(self) -> int:
+        """Write index.csv: where the features of each image are. Returns how many images there are."""
+        path, images = self.folder / "index.csv", 0
+        part = path.with_name(".index.csv.tmp")
+        with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names are any bytes
+            lines = csv.writer(file)
+            lines.writerow(["key", "file", "row", "h", "w"])
+            for name, held in self.headers():
+                row = 0
+                for key, h, w in held["images"]:
+                    lines.writerow([key, name, row, h, w])
+                    row, images = row + h * w, images + 1
+        part.replace(path)
+        return images
+
+
+def main(settings: Settings, job: Job, output: Path) -> None:
+    """Write the features that are not there yet, then the index. Raises NecoError for too many unreadable images."""
+    options: Embed = settings.spine["embed"]
+    with locked(output, "embed"):
+        torch.manual_seed(settings.run.seed)
+        backbone = build(job.model, "model")
+        report = weights.load(backbone, job.source, job.which, trust_pickle=settings.run.trust_pickle)
+        log.info("%s: %s", job.model["name"], report)
+        size = side_rule(options, backbone.patch, job.dataset)
+        shards = Shards(output, _asked(options, size, backbone, report.hash, job.samples), options)
+        what = settings.config, settings.overrides, settings.choices
+        results.describe(output, *what, device_name(job.device))
+        if shards.done:
+            log.info("%d of %d images are there already", shards.done, len(job.samples))
+        left = job.samples[shards.done :]
+        extract: Extract = settings.build("extract", device=job.device)
+        extract.place(backbone)
+        items = Images(left, size, backbone.patch, options.limit)
+        sizes = f"{size[0]}x{size[1]}" if size else "their own size"
+        log.info("embedding   %s, %d images at %s, %s", settings.choices["dataset"], len(left), sizes, job.device)
+        limits = job.dataset.bad_limits(job.samples)
+        batches = data.DataLoader(
+            items, extract.batch_size, num_workers=extract.workers, collate_fn=list, worker_init_fn=worker_init
+        )
+        with interrupt.held():
+            loaded = iter(batches)
+        rest = iter(left)
+        for batch in track(loaded, f"batches of {extract.batch_size} images", total=len(batches)):
+            for found in _features(extract, backbone, batch, options.pool):
+                shards.add(next(rest), found)
+            _check(output, shards.bad, limits)
+        shards.close()
+        images = shards.write_index()
+        if shards.bad:
+            log.warning("%d images cannot be read; they are named in %s", len(shards.bad), _name(output, shards.bad))
+        log.info("wrote       %s: %d images in %d files", output / "index.csv", images, shards.count)
+
+
+def _features(extract: Extract, backbone: Any, batch: list[Tensor | str], pool: str) -> list[Tensor | str]:
+    """Features (h, w, D) of each image; those of one size share a pass."""
+    found = list(batch)
+    for shape in {item.shape for item in batch if isinstance(item, Tensor)}:
+        at = [i for i, item in enumerate(batch) if isinstance(item, Tensor) and item.shape == shape]
+        features = extract.forward(backbone, torch.stack([batch[i] for i in at]))  # type: ignore[misc]
+        if pool == "mean":
+            features = features.mean((1, 2), keepdim=True)
+        for i, maps in zip(at, features, strict=True):
+            found[i] = maps
+    return found
+
+
+def _asked(options: Embed, size: Any, backbone: Any, digest: str, samples: Sequence[Sample]) -> dict[str, str]:
+    images = hashlib.sha256()
+    for sample in samples:
+        images.update(repr((sample.key, *stamp(sample.image)[1:])).encode())
+    values = options.split, size or options.limit, options.pool, options.dtype
+    return {"weights": digest, "model": repr(backbone.spec), "values": repr(values), "images": images.hexdigest()[:12]}
+
+
+def _check(folder: Path, bad: Sequence[tuple[str, str]], limits: dict[str, tuple[int, int]]) -> None:
+    for prefix, (allowed, images) in limits.items():
+        counted = sum(key.startswith(prefix) for key, _ in bad)
+        if counted > allowed:
+            more = f"They are named in {_name(folder, bad)}."
+            raise too_many(f"{counted} images", prefix, allowed, images, more)
+
+
+def _name(folder: Path, bad: Sequence[tuple[str, str]]) -> Path:
+    path = folder / "bad_images.txt"
+    results.write(path, "".join(f"{key}\t{why}\n" for key, why in bad))
+    return path

@@ -1,0 +1,121 @@
+"""task=export: weights for other programs, with a model card beside them."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from neco import card, config, results
+from neco.config import Settings, build
+from neco.errors import NecoError
+from neco.model import export, weights
+from neco.task.common import locked, model_of, outline, source_of_weights
+from neco.task.run import FREE
+
+log = logging.getLogger(__name__)
+# What cannot change a run's weights, or is told elsewhere in the card. Paths are nobody's business.
+UNTOLD = FREE | {"task", "show", "model", "checkpoint", "trust_pickle", "dataset.masks"}
+PATHS = ("root", "masks", "index", "files")
+
+
+@dataclass
+class Job:
+    """What `prepare` found out."""
+
+    model: dict[str, Any]
+    source: str | None
+    which: weights.Which
+    run: Path | None
+    records: list[dict[str, Any]]
+
+
+def prepare(settings: Settings) -> Job:
+    """Cross-check the configuration. Raises NecoError for whatever would fail later."""
+    run = settings.run
+    if settings.config.get("dataset"):
+        raise NecoError(f"dataset={settings.choices['dataset']}: an export has none; leave it out")
+    source, which = source_of_weights(settings)
+    model = model_of(settings, source)
+    export.check(outline(model), run.format)
+    if run.file:
+        target = Path(run.file)
+        wanted = Path(export.FILES[run.format]).suffix
+        if target.suffix != wanted:
+            raise NecoError(f"file={run.file}: format={run.format} writes a {wanted} file; name it so")
+        _free(target, run.format)
+    checkpoint = Path(source or "")
+    folder = next((f for f in (checkpoint.parent.parent, checkpoint.parent) if (f / "config.yaml").is_file()), None)
+    folder = folder if checkpoint.is_file() else None
+    records = results.Results(folder, writes=False).records if folder else []
+    for name in run.results:
+        if not (Path(name) / "results.json").is_file():
+            raise NecoError(f"results={name}: no run with evaluations: there is no results.json in it")
+        records += results.Results(Path(name), writes=False).records
+    return Job(model, source, which, folder, records)
+
+
+def main(settings: Settings, job: Job, output: Path) -> None:
+    """Write the weights, read them again, write the card."""
+    run = settings.run
+    with locked(output, "export"):
+        target = Path(run.file or output / export.FILES[run.format])
+        _free(target, run.format)
+        results.describe(output, settings.config, settings.overrides, settings.choices, "cpu")
+        torch.manual_seed(run.seed)
+        backbone = build(job.model, "model")
+        report = weights.load(backbone, job.source, job.which, trust_pickle=run.trust_pickle)
+        log.info("%s: %s", job.model["name"], report)
+        records = [record for record in job.records if record["weights"] == report.hash]
+        if run.results and not records:
+            others = ", ".join(dict.fromkeys(record["weights"] for record in job.records))
+            raise NecoError(
+                f"results={run.results}: no number of weights {report.hash} there, but of {others or 'none'}"
+            )
+        told = export.write(backbone.eval().requires_grad_(False), job.model, run.format, target)
+        log.info("wrote       %s: %s", target, told)
+        if run.format == "timm":
+            about = json.dumps(export.timm_config(backbone), indent=2)
+            results.write(target.with_name("config.json"), about + "\n")
+        told = card.card(backbone, job.model, run.format, target.name, report, told, records, trained(job.run))
+        results.write(target.with_name("README.md"), told)
+        log.info("wrote       %s", target.with_name("README.md"))
+
+
+def _free(target: Path, form: export.Format) -> None:
+    """Raises NecoError where an export to `target` would overwrite something."""
+    beside = ["README.md", *(["config.json"] if form == "timm" else [])]
+    for path in (target, *map(target.with_name, beside)):
+        if path.exists():
+            raise NecoError(f"{path} is there already: give file= or run_dir= a folder of its own")
+
+
+def trained(run: Path | None) -> card.Training | None:
+    """How a run's weights were made, from its config; None without a run, or where it trained nothing."""
+    held = yaml.safe_load((run / "config.yaml").read_text()) if run else {}
+    if not run or held.get("task") not in card.TASKS:
+        return None
+    defaults, here = flat(config.load(f"task={held['task']}").config), flat(held)
+    shown = {
+        key: (value, defaults.get(key))
+        for key, value in here.items()
+        if value != defaults.get(key) and not UNTOLD & {*_parents(key)} and key.rpartition(".")[2] not in PATHS
+    }
+    environment = json.loads((run / "environment.json").read_text())
+    start = held["checkpoint"] or held["model"]["weights"]
+    return card.Training(held["task"], start, held["weights"], shown, environment)
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a nested mapping by their dotted keys."""
+    if not isinstance(node, dict) or not node:
+        return {prefix[:-1]: list(node) if isinstance(node, tuple) else node}
+    return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+
+
+def _parents(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
