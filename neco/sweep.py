@@ -35,7 +35,7 @@ def summary(folder: Path) -> str:
     before: list[dict[str, float]] = []
     lines: dict[tuple[str, str], list[dict[str, float]]] = {}
     for run in done:
-        name = " ".join(o for o in said[run] if o not in common and not o.startswith("seed="))
+        name = " ".join(o for o in said[run] if o not in common and not o.startswith("seed=")) or "all"
         for network in dict.fromkeys(r["network"] for r in found[run]):
             first, last = (_numbers(found[run], steps[run][place], network) for place in (0, -1))
             if trained:

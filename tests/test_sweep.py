@@ -50,16 +50,14 @@ TINY = (*SMALL, "train.steps=2", "eval=overcluster", "eval.overcluster.k=4", "lo
 
 
 def test_a_sweep_is_its_runs_and_a_table(inside, tmp_path):
-    few = ["hydra.sweeper.params.loss='neco,cosine'", "hydra.sweeper.params.seed='0,1'"]
+    few = ["hydra.sweeper.params.loss='neco,cosine'", "hydra.sweeper.params.seed='3'"]
     code, said = inside("sweep=loss", *few, *TINY)
     assert code == 0, said
-    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} == {
-        f"{loss}-{seed}" for loss in ("neco", "cosine") for seed in (0, 1)
-    }
-    assert len({losses(tmp_path / "out" / name)[0] for name in ("neco-0", "neco-1", "cosine-0", "cosine-1")}) == 4
+    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} == {"neco-3", "cosine-3"}
+    assert losses(tmp_path / "out/neco-3") != losses(tmp_path / "out/cosine-3")
     table = said[said.index("runs  ") :].splitlines()[:7]
     assert [line.split()[0] for line in table[2:]] == ["before", *["loss=cosine"] * 2, *["loss=neco"] * 2]
-    assert all(line.endswith("(2)") for line in table[3:])
+    assert all(line.endswith("(1)") for line in table[3:])
 
 
 SWEPT = {  # where the values are too large for here
