@@ -105,7 +105,7 @@ def _attempt(
         now, length = _version(response.headers), response.headers.get("Content-Length")
         if response.status == 206:
             extent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-            if not extent or int(extent[1]) != have or (now and known and now != known):
+            if not extent or int(extent[1]) != have or (known and now != known):
                 part.unlink()
                 raise OSError("the file changed on the server")
             length = extent[2]

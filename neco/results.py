@@ -121,7 +121,7 @@ class Results:
         """Append a record, in place of an earlier one that answers the same."""
 
         def key(r: dict[str, Any]) -> tuple:
-            return r["step"], r["network"], r["evaluation"], r["asked"]
+            return r["step"], r["network"], r["evaluation"], r["asked"], r["weights"]
 
         self.records = [r for r in self.records if key(r) != key(record)] + [record]
         self.save()

@@ -322,7 +322,24 @@ def test_a_truncated_file_is_written_again(dataset: Files, tmp_path: Path) -> No
     for keep in (0, 50, path.stat().st_size - 4):
         path.write_bytes(path.read_bytes()[:keep])
         assert torch.equal(run(cached(tmp_path), Conv(8), dataset), first)
-        assert path.stat().st_size == 128 + first.numel() * 4
+        assert path.stat().st_size == 128 + first.numel() * 4 + 4
+
+
+@pytest.mark.parametrize("place", [3, 60, 200, -30, -1])
+def test_a_damaged_file_is_computed_again(dataset: Files, tmp_path: Path, place: int) -> None:
+    first = run(cached(tmp_path), Counting(), dataset)
+    (path,) = files(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x41
+    path.write_bytes(content)
+    backbone = Counting()
+    assert torch.equal(run(cached(tmp_path), backbone, dataset), first) and backbone.passes == [3]
+
+
+def test_more_classes_than_eight_bits_tell_apart_are_refused(dataset: Files) -> None:
+    dataset.classes = tuple(str(i) for i in range(256))
+    with pytest.raises(NecoError, match="256 classes: evaluations tell at most 255 apart"):
+        base.labelled(dataset, "val")
 
 
 def test_the_cache_is_bounded_and_forgets_the_longest_unused(dataset: Files, tmp_path: Path) -> None:

@@ -296,11 +296,13 @@ def test_a_run_keeps_the_head_and_evaluates_it(tmp_path: Path, cache: Path) -> N
 
     (record,) = evaluate()
     path = tmp_path / record["saved"]
-    assert path.match(f"heads/linear-backbone-0-{record['asked']}.safetensors")
+    assert path.match(f"heads/linear-backbone-0-{record['asked']}-{record['weights']}.safetensors")
     with safetensors.safe_open(path, "pt") as file:
         about = file.metadata()
     assert about["weights"] == record["weights"] and about["protocol"] == record["protocol"]
     assert (about["size"], about["patch"], len(json.loads(about["classes"]))) == ("128", "8", 8)
+    path.unlink()
+    assert len(evaluate()) == 1 and path.is_file(), "a record without its head is measured again"
     alone = evaluate(f"eval.linear.head={path}")[-1]
     assert alone["metrics"]["miou"] == record["metrics"]["miou"] and "saved" not in alone
     assert len(evaluate("eval.linear.lr=0.1")) == 3 and len([*path.parent.iterdir()]) == 2

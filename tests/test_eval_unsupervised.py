@@ -397,11 +397,19 @@ def test_given_masks_replace_the_attention(real: Files, tmp_path: Path) -> None:
 
 def test_no_foreground_at_all_is_a_result(real: Files, tmp_path: Path) -> None:
     for sample in [s for rows in real.rows.values() for s in rows]:
-        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / f"{sample.key.rpartition('/')[2]}.png")
-    found = Unsupervised(**QUICK, masks=str(tmp_path))(Conv(8), real, extract=HERE)
+        (tmp_path / "masks" / sample.key).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "masks" / f"{sample.key}.png")
+    found = Unsupervised(**QUICK, masks=str(tmp_path / "masks"))(Conv(8), real, extract=HERE)
     assert found.metrics["foreground_iou"] == 0 and found.metrics["miou"] == found.metrics["miou_k4"] > 0
     scores = sorted(found.details["miou"]["iou"][name] for name in real.classes[:4])
     assert scores[:3] == [0, 0, 0] and found.metrics["miou"] == pytest.approx(scores[3] / 4)
+
+
+def test_masks_of_one_name_for_several_images_are_refused(real: Files, tmp_path: Path) -> None:
+    for sample in [s for rows in real.rows.values() for s in rows]:
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / f"{sample.key.rpartition('/')[2]}.png")
+    with pytest.raises(NecoError, match=r"0\.png would be that of several images"):
+        Unsupervised(**QUICK, masks=str(tmp_path)).plan(8, real)
 
 
 def test_what_cannot_work_is_refused_before_anything_is_read(real: Files, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -548,13 +548,18 @@ def test_interrupted_download_goes_on(server: Any, tmp_path: Path) -> None:
 
 def test_hash_in_the_name_is_checked(server: Any, tmp_path: Path) -> None:
     body = (tmp_path / "www" / "hub.pth").read_bytes()
-    right, wrong = f"dino-{hashlib.sha256(body).hexdigest()[:8]}.pth", "dino-01234567.pth"
+    right, wrong = f"dino-{hashlib.sha256(body).hexdigest()[:8]}.pth", "dino-0123456f.pth"
     for name in (right, wrong):
         (tmp_path / "www" / name).write_bytes(body)
     load(backbone(), f"{server.url}/{right}")
-    with pytest.raises(NecoError, match=rf"cannot download .*SHA-256 is {right[5:13]}\w+ instead of 01234567"):
+    with pytest.raises(NecoError, match=rf"cannot download .*SHA-256 is {right[5:13]}\w+ instead of 0123456f"):
         load(backbone(), f"{server.url}/{wrong}")
-    assert cached(tmp_path) == [f"-{right}"]
+    (tmp_path / "www" / "dino-20241201.pth").write_bytes(body)  # a date
+    load(backbone(), f"{server.url}/dino-20241201.pth")
+    (tmp_path / "www" / "half.pth").write_bytes(body[:1000])
+    with pytest.raises(NecoError, match=r"damaged.*The download was removed"):
+        load(backbone(), f"{server.url}/half.pth")
+    assert sorted(cached(tmp_path)) == sorted([f"-{right}", "-dino-20241201.pth"])
 
 
 def test_of_two_processes_one_downloads(server: Any, tmp_path: Path) -> None:

@@ -49,18 +49,21 @@ def test_a_training_is_compared_before_and_after(tmp_path: Path) -> None:
 def test_an_evaluation_is_what_its_checkpoint_is(tmp_path: Path) -> None:
     trained = made(tmp_path / "trained", "train", "dinov2r_xr_vitb14", [])
     numbers = [record("linear", "teacher", miou=0.8), record("linear", "compared", weights="v", miou=0.7)]
-    run = made(tmp_path / "eval", "eval", "tiny", numbers, checkpoint=str(trained / "checkpoints" / "best.ckpt"))
-    assert identity(run) == ("dinov2r_xr_vitb14", "after")
+    numbers = [{**number, "checkpoint": str(trained / "checkpoints" / "best.ckpt")} for number in numbers]
+    run = made(tmp_path / "eval", "eval", "tiny", numbers)
+    checkpoint = str(trained / "checkpoints" / "best.ckpt")
+    assert identity(run, {"checkpoint": checkpoint}) == ("dinov2r_xr_vitb14", "after")
+    assert identity(run, {"checkpoint": str(run / "x.pth"), "model": "tiny"}) == ("tiny", "after"), "in its own folder"
     assert beside(run)["teacher", "linear", "miou"] == [("83.3 (NeCo)", "-3.3")]
     assert beside(run)["before", "linear", "miou"] == [("", "")], "nothing is published of it"
     plain = made(tmp_path / "plain", "eval", "dino_vits16", [record("overcluster", "teacher", miou_k300=0.139)])
-    assert identity(plain) == ("dino_vits16", "before")
+    assert identity(plain, {"checkpoint": None}) == ("dino_vits16", "before")
     assert beside(plain)["teacher", "overcluster", "miou_k300"] == [("13.9 (NeCo)", "+0.0")]
 
 
 def test_parts_of_the_labels_and_presets_find_their_own_numbers(tmp_path: Path) -> None:
     numbers = [record("retrieval", "teacher", miou_k30=0.5, miou_k10=0.5)]
-    eighth = made(tmp_path / "a", "eval", "dinov2r_vits14", numbers, dataset={"fraction": "1/8"})
+    eighth = made(tmp_path / "a", "eval", "dinov2r_vits14", [{**number, "fraction": 1 / 8} for number in numbers])
     assert beside(eighth)["teacher", "retrieval", "miou_k30"] == [("68.2 (NeCo)", "-18.2"), ("75.2 (DIP)", "-25.2")]
     assert beside(eighth)["teacher", "retrieval", "miou_k10"] == [("", "")]
     preset = made(tmp_path / "b", "eval", "dinov2r_vits14", [record("unsupervised_vits", "teacher", miou=0.3)])
@@ -78,9 +81,14 @@ def test_the_table_is_printed_and_written(inside, tmp_path: Path) -> None:
     assert (tmp_path / "report/report.md").read_text().count("\n") == 3
     code, text = inside("task=report", "runs=[nowhere/*]")
     assert code == 2 and "runs=[nowhere/*]: 0 folders fit nowhere/*" in text
+    made(tmp_path / "runs/eval/b", "eval", "ibot_vits16", [record("linear", "teacher", miou=None)])
     (tmp_path / "runs/eval/a/environment.json").write_text("{")
-    code, text = inside("task=report", "runs=[runs/eval/a]")
-    assert code == 2 and "runs/eval/a is no whole run folder" in text
+    code, text = inside("task=report", "runs=[runs/eval/*]")
+    assert code == 2 and "runs/eval/a is no whole run folder" in text and "linear/miou is None, no number" in text
+    for broken in ("", "text", "run: 1"):
+        (tmp_path / "runs/eval/b/config.yaml").write_text(broken)
+        code, text = inside("task=report", "runs=[runs/eval/b]")
+        assert code == 2 and "runs/eval/b is no whole run folder" in text
 
 
 @pytest.mark.parametrize(

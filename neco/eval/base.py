@@ -21,7 +21,7 @@ from torch.utils import data
 from torchvision.transforms import functional as colour
 
 from neco import interrupt
-from neco.dataset.base import Dataset, Sample, read_image, read_label, same_frame, stored_size
+from neco.dataset.base import IGNORE, Dataset, Sample, read_image, read_label, same_frame, stored_size
 from neco.dataset.files import stamp, touched
 from neco.errors import NecoError
 from neco.eval.cache import Cache, Entry, Spec
@@ -115,6 +115,11 @@ def labelled(dataset: Dataset, split: str, drop_last: int = 0) -> list[Sample]:
     samples = sorted(dataset.samples(split), key=lambda sample: sample.key)
     if not dataset.classes or any(sample.mask is None for sample in samples):
         raise NecoError(f"{type(dataset).__name__} has no labels on {split}: choose a labelled data set to evaluate on")
+    if len(dataset.classes) > IGNORE:
+        raise NecoError(
+            f"{type(dataset).__name__} has {len(dataset.classes)} classes: evaluations tell at most {IGNORE} apart, as "
+            f"masks of 8 bits do, where {IGNORE} is ignored"
+        )
     kept = samples[: len(samples) // drop_last * drop_last] if drop_last else samples
     if not kept:
         raise NecoError(

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,10 +13,11 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 Spec = dict[str, Any]
+BLOCK = 64  # images
 
 
 class Cache:
-    """A folder of `features-<hash of the spec>.npy`; files appear in it whole or not at all.
+    """A folder of `features-<hash of the spec>.npy`, a CRC-32 at the end; files appear in it whole or not at all.
 
     Args:
         folder: None keeps nothing. A spec of None is never kept either.
@@ -38,8 +40,16 @@ class Cache:
             return None
         try:
             features = np.load(path, mmap_mode="r")
+            with path.open("rb") as file:
+                file.seek(features.nbytes + features.offset)
+                sound = file.read() == checksum(features)
             os.utime(path)
-        except (OSError, ValueError, EOFError):  # not there, or cut off
+        except FileNotFoundError:
+            return None
+        except Exception:  # of numpy, which raises just anything for a damaged header
+            sound = False
+        if not sound:
+            log.warning("%s is damaged; its features are computed again", path)
             return None
         log.info("features read from %s", path)
         return features
@@ -62,6 +72,13 @@ class Cache:
                 total -= size
 
 
+def checksum(features: np.ndarray, before: int = 0) -> bytes:
+    """CRC-32 of features, or of what goes on after those with the checksum `before`."""
+    for start in range(0, len(features), BLOCK):
+        before = zlib.crc32(np.ascontiguousarray(features[start : start + BLOCK]).data, before)
+    return before.to_bytes(4, "little")
+
+
 class Entry:
     """Features on their way into the cache, a context: a temporary file, synced and renamed when the block ends well.
 
@@ -71,6 +88,7 @@ class Entry:
     def __init__(self, cache: Cache, spec: Spec | None, images: int) -> None:
         self.cache, self.path, self.images = cache, cache.path(spec), images
         self.file: BinaryIO | None = None
+        self.sum = bytes(4)
 
     def __enter__(self) -> "Entry":
         return self
@@ -83,6 +101,7 @@ class Entry:
             if self.file is None:
                 self.file = self._open(self.path, (self.images, *features.shape[1:]))
             self.file.write(np.ascontiguousarray(features).data)
+            self.sum = checksum(features, int.from_bytes(self.sum, "little"))
         except OSError as error:
             log.warning("features are not kept in %s: %s", self.cache.folder, error)
             self._drop()
@@ -104,6 +123,7 @@ class Entry:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and self.file and self.path:
+                self.file.write(self.sum)
                 self.file.flush()
                 os.fsync(self.file.fileno())
                 Path(self.file.name).replace(self.path)

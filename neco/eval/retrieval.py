@@ -194,6 +194,8 @@ class Retrieval:
         cells = -(-self.cells // devices.world())  # of each process's part
         index = Neighbours(memory, engine=self.engine, device=extract.place(backbone), cells=cells, probes=self.probes)
         labels = devices.gather_uneven(labels).to(index.device)
+        if not len(labels):
+            raise NecoError("no patch of the training images has a labelled pixel: there is nothing to retrieve")
         matrices = {k: torch.zeros(classes, classes, dtype=torch.long) for k in self.ks}
         own = devices.share(val)
         batches = max(devices.merge(-(-len(own) // extract.batch_size)))  # of the process that has most

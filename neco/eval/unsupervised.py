@@ -9,6 +9,7 @@ Shapes: N images, h w patches, D channels, d reduced channels, K clusters or nod
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +126,8 @@ class Unsupervised:
         pca: channels kept, all of them where the features have fewer.
         k: clusters of all patches.
         mass: share of the attention that the noisy foreground holds.
-        masks: folder of PNGs that are the noisy foreground instead, `<name of the image>.png`, 0 = background; a patch
-            is foreground where at least half of it is.
+        masks: folder of PNGs that are the noisy foreground instead, `<key or name of the image>.png`, 0 = background; a
+            patch is foreground where at least half of it is.
         precision: from which a cluster is foreground; null = 0.4 (`standard`), or which of 0.2, 0.25, ... 0.7 has the
             highest IoU of the foreground on train (`reference`).
         k_community: clusters of the foreground, fewer where it has fewer patches.
@@ -196,7 +197,12 @@ class Unsupervised:
         for name, k in (("k", self.k), ("k_community", self.given.k)):
             if k > patches:
                 raise NecoError(f"{name}={k} clusters of {patches} patches: use a smaller {name}")
-        return size, background, train, val, [self._stamp(sample) for sample in (*train, *val) if self.masks]
+        stamps = [self._stamp(sample) for sample in (*train, *val) if self.masks]
+        if twice := [path for path, count in Counter(path for path, *_ in stamps).items() if count > 1]:
+            raise NecoError(
+                f"masks={self.masks}: {twice[0]} would be that of several images; name it by their whole keys"
+            )
+        return size, background, train, val, stamps
 
     def names(self, dataset: Dataset) -> list[str]:
         """Of the metrics."""
@@ -442,7 +448,8 @@ class Unsupervised:
 
     def _mask(self, sample: Sample) -> Path:
         assert self.masks
-        return self.masks / f"{sample.key.rpartition('/')[2]}.png"
+        whole = self.masks / f"{sample.key}.png"
+        return whole if whole.is_file() else self.masks / f"{sample.key.rpartition('/')[2]}.png"
 
     def _stamp(self, sample: Sample) -> tuple[str, int, int]:
         try:

@@ -1,6 +1,7 @@
 """Weights of a backbone from wherever they are: recognised from their keys, matched strictly, never through pickle."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib
@@ -37,6 +38,10 @@ LANDMARK = (
 )
 ANY = r"(?:(?:state_dict|model|module|backbone|net|visual|trunk|vit|dinov\d\w*|vision_model|_orig_mod)\.)*"
 BOTH = {role: rf"{ANY}{role}\.{ANY}" for role in ("teacher", "student")}
+
+
+class Damaged(NecoError):
+    """A file that cannot be read as weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +204,13 @@ def load(
     if source == "none":
         return Report("none", "random", "only", weights_hash(backbone))
     path = locate(source, backbone.spec["name"])
-    held = read(path, trust_pickle)
+    try:
+        held = read(path, trust_pickle)
+    except Damaged as error:
+        if path == cache_of(source):
+            path.unlink(missing_ok=True)
+            raise NecoError(f"{error}. The download was removed: the same command fetches it again") from error
+        raise
     layout, networks = recognise(held, source)
     role = next(iter(networks)) if which == "auto" else which
     if role not in networks:
@@ -273,8 +284,9 @@ def contents(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
                 f"{path} needs pickle, which can run any code, for: {', '.join(found)}. If you trust where it comes "
                 "from: trust_pickle=true"
             ) from error
-        told = trust_pickle or isinstance(error, OSError | safetensors.SafetensorError)
-        raise NecoError(
+        told = trust_pickle or isinstance(error, safetensors.SafetensorError)
+        told = told or (isinstance(error, OSError) and error.errno != errno.EINVAL)  # of mapping what is too short
+        raise Damaged(
             f"{path} cannot be read as weights (.pth, .pt, .ckpt, .safetensors): "
             f"{(told and str(error).partition(chr(10))[0]) or 'it is damaged or something else'}"
         ) from error
@@ -365,7 +377,10 @@ def match(backbone: Backbone, held: Mapping[str, Tensor], where: str) -> tuple[d
         raise NecoError(
             f"{where} does not fit {backbone.spec['name']}: {len(faults)} keys\n  {shown}{_hint(backbone, state)}"
         )
-    broken = [key for key in wanted if not state[key].isfinite().all()]
+    sparse = [key for key in wanted if state[key].layout != torch.strided]
+    if sparse:
+        raise NecoError(f"{where} holds sparse tensors: {', '.join(sparse[:10])}")
+    broken = [key for key in wanted if not state[key].float().isfinite().all()]
     if broken:
         raise NecoError(f"{where} has values that are not finite in {len(broken)} tensors: {', '.join(broken[:10])}")
     return state, ignored
@@ -420,11 +435,13 @@ def _hint(backbone: Backbone, state: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _flatten(tree: Any, path: str = "") -> dict[str, Tensor]:
+def _flatten(tree: Any, path: str = "", depth: int = 0) -> dict[str, Tensor]:
     if isinstance(tree, Tensor):
         return {path: tree}
+    if depth > 30:
+        raise NecoError(f"a file of weights holds itself, or is nested too deep: {path[:60]}...")
     items = tree.items() if isinstance(tree, dict) else ()  # no other mapping: OmegaConf's would resolve what it holds
-    return {k: v for key, value in items for k, v in _flatten(value, f"{path}.{key}".lstrip(".")).items()}
+    return {k: v for key, value in items for k, v in _flatten(value, f"{path}.{key}".lstrip("."), depth + 1).items()}
 
 
 def _unreachable(what: str, error: Exception) -> NecoError:
@@ -468,7 +485,7 @@ def _download(url: str) -> Path:
     path = cache_of(url)
     if path.exists():
         return path
-    digest = re.search(r"-([0-9a-f]{8,64})\.\w+$", path.name[8:])
+    digest = re.search(r"[^-]-(?!\d+\.)([0-9a-f]{8,64})\.\w+$", path.name[9:])  # digits alone are a date
     try:
         with alone(path), transfers() as bar:
             report = bar(path.name, None)

@@ -30,6 +30,7 @@ from neco.model.backbone import Attention, Backbone
 from neco.model.weights import Which, locate, weights_hash
 from neco.results import Results
 from neco.training import memory
+from neco.values import share
 
 log = logging.getLogger(__name__)
 
@@ -161,10 +162,10 @@ def measure(
             for name, evaluation in evaluations.items():
                 key = {"evaluation": name, "weights": digest, "asked": asked[name]}
                 record: Any = done.get((digest, name)) or store.find(step=step, network=network, **key)
-                if record is None or (show and record.get("show") != show):
+                if record is None or (show and record.get("show") != show) or _lost(record, run, show):
                     log.info("evaluating: %s of the %s on %s", name, network, dataset_name)
                     result, cost = _run(evaluation, backbone, dataset, settings, device)
-                    folder = f"{name}-{network}-{step}-{asked[name]}"
+                    folder = f"{name}-{network}-{step}-{asked[name]}-{digest}"
                     record = {"protocol": result.protocol, "metrics": result.metrics, "details": result.details, **cost}
                     if result.tensors:
                         record["saved"] = f"heads/{folder}.safetensors"
@@ -174,7 +175,7 @@ def measure(
                         record["show"] = show
                         record["pictures"] = gallery.save(result.pictures, run, folder) if store.writes else []
                     place = {"dataset": dataset_name, "split": "val", "step": step, "epoch": epoch}
-                    record = {**key, **place, "seed": settings.run.seed, **record}
+                    record = {**key, **place, **_origin(settings, node), **record}
                     numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in record["metrics"].items())
                     log.info("%s of the %s: %s", name, network, numbers)
                 done[digest, name] = record
@@ -192,6 +193,19 @@ def measure(
     if show and store.writes:
         log.info("pictures    %s", gallery.write(run, store.records, dataset, some))
     return found
+
+
+def _lost(record: Mapping[str, Any], run: Path, show: int) -> bool:
+    """Whether files that a record speaks of are gone."""
+    files = [record.get("saved"), *(picture["file"] for picture in record.get("pictures", []) if show)]
+    return any(file and not (run / file).is_file() for file in files)
+
+
+def _origin(settings: Settings, dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of where its numbers are from, beside what they depend on."""
+    model, checkpoint = settings.choices.get("model"), settings.run.checkpoint
+    fraction = share(dataset.get("fraction") or 1.0)
+    return {"seed": settings.run.seed, "model": model, "checkpoint": checkpoint, "fraction": fraction}
 
 
 def _state(item: Any) -> Any:

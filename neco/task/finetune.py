@@ -88,8 +88,13 @@ def prepare(settings: Settings) -> Job:
         raise NecoError(f"finetune.stride={stride}: windows of {crop} pixels would leave gaps; take at most {crop}")
     shares, limits = dataset.shares(samples), dataset.bad_limits(samples)
     look(samples, limits, dataset)
-    for why in inspect(dataset, "val", looks=8, seconds=2).bad.values():
-        raise NecoError(f"dataset: val: {why}")
+    for split in ("train", "val"):
+        seen = inspect(dataset, split, looks=8, seconds=2)
+        if split == "val":
+            for why in seen.bad.values():
+                raise NecoError(f"dataset: val: {why}")
+        if seen.sizes and not seen.pixels[:-1].any():
+            raise NecoError(f"dataset: {split}: all pixels of {len(seen.sizes)} masks looked at are ignored (255)")
     crops = JointCrop(crop, side=side, scale=options.scale, flip=options.flip, jitter=options.jitter, ignore=IGNORE)
     windows = SlidingWindows(crop, side=side, stride=stride, decoder=options.decoder)
     plan = Plan(sum(seen for _, seen in shares), options)

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from neco import published
 from neco.config import Settings
 from neco.errors import NecoError
 from neco.results import Results, columns, write
-from neco.values import share
 
 log = logging.getLogger(__name__)
 HEAD = ["run", "model", "weights", "data set", "evaluation", "metric"]
@@ -46,7 +45,14 @@ def prepare(settings: Settings) -> Job:
 
 def main(settings: Settings, job: Job, output: Path) -> None:
     """Print and write the table."""
-    rows = [row for run in job.runs for row in table(run)]
+    rows = []
+    for run in job.runs:
+        try:
+            rows += [*table(run)]
+        except NecoError as error:
+            log.warning("left out    %s", error)
+    if not rows:
+        raise NecoError(f"none of {len(job.runs)} runs has a number that can be read; see above")
     log.info("\n%s", columns([HEAD, *rows]))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEAD, *rows])
@@ -60,9 +66,6 @@ def table(run: Path) -> Iterator[list[str]]:
     """The rows of a run: of its first and last step, each number with what is published of it, if anything is."""
     records, (config, _) = Results(run, writes=False).records, read(run)
     steps = {record["step"] for record in records}
-    data = config.get("val_dataset") or config.get("dataset") or {}
-    fraction = share(data.get("fraction") or 1.0)
-    model, state = identity(run)
     seen = set()
     for record in records:
         first = record["network"] == "compared" or (config["task"] == "train" and not record["step"])
@@ -71,9 +74,13 @@ def table(run: Path) -> Iterator[list[str]]:
         if record["step"] not in (min(steps), max(steps)) or key in seen:  # before, student and teacher are the same
             continue
         seen.add(key)
+        model, state = identity(run, record)
+        fraction = record.get("fraction", 1.0)
         evaluation = re.sub("_vit[sb]$", "", record["evaluation"])  # presets
         name = record["dataset"] + (f" x {fraction:.3g}" if fraction < 1 else "")
         for metric, value in record["metrics"].items():
+            if not isinstance(value, int | float):
+                raise NecoError(f"{run / 'results.json'}: {evaluation}/{metric} is {value!r}, no number")
             line = [str(run), model, network, name, evaluation, metric, f"{100 * value:.1f}"]
             asked = record["dataset"], f"{evaluation}/{metric}", fraction
             known = published.find(model, "before" if first else state, *asked)
@@ -86,20 +93,21 @@ def read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configuration of a run, and which option of each group it is from. Raises NecoError where they are lost."""
     try:
         config = yaml.safe_load((run / "config.yaml").read_text())
-        return config, json.loads((run / "environment.json").read_text()).get("choices", {})
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        about = json.loads((run / "environment.json").read_text())
+        return {"task": config["task"], **config}, dict(about.get("choices") or {})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise NecoError(f"{run} is no whole run folder: {error}") from error
 
 
-def identity(run: Path) -> tuple[str, str]:
-    """The option of conf/model that a run is of, and whether its weights are from `before` or `after` post-training."""
+def identity(run: Path, record: Mapping[str, Any]) -> tuple[str, str]:
+    """The option of conf/model that a record is of, and whether its weights are from `before` or `after` NeCo."""
     config, choices = read(run)
-    checkpoint = config.get("checkpoint")
+    checkpoint, model = record.get("checkpoint"), record.get("model") or choices.get("model", "")
     if config["task"] == "eval" and checkpoint:
         near = [Path(checkpoint).expanduser(), *Path(checkpoint).expanduser().parents]
-        if trained := next((folder for folder in near if (folder / "environment.json").is_file()), None):
-            return identity(trained)
-    return choices.get("model", ""), "after" if checkpoint or config["task"] == "train" else "before"
+        trained = next((folder for folder in near if (folder / "environment.json").is_file()), run)
+        model = model if trained.resolve() == run.resolve() else read(trained)[1].get("model", model)
+    return model, "after" if checkpoint or config["task"] == "train" else "before"
 
 
 def markdown(rows: list[list[str]]) -> str:
