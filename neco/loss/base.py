@@ -46,6 +46,9 @@ class Loss(nn.Module):
         self.compared = grid**2
         self.student = self.teacher = None
 
+    def check(self, device: torch.device) -> None:
+        """Raise NecoError if the loss cannot be computed there; called before anything is read."""
+
     def attach(self, dim: int) -> None:
         """Make the parameters, if any, for vectors of D = dim channels; called once, before training."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neco.loss.base import Referring, Similarity, above_floor, similarities
 from neco.loss.relaxation import RelaxationName, choose
-from neco.loss.sorting import Network, sort_cross_entropy
+from neco.loss.sorting import Engine, Network, choose_engine, sort_cross_entropy
 from neco.values import PositiveFloat
 
 
@@ -41,6 +41,7 @@ class NeCo(Referring):
         art_lambda: Annotated[float, Ge(0), Lt(1)] | None = None,
         steepness: PositiveFloat | tuple[PositiveFloat, PositiveFloat] | None = None,
         similarity: Similarity = "cosine",
+        engine: Engine = "auto",
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -50,6 +51,11 @@ class NeCo(Referring):
         student, teacher = given if isinstance(given, tuple) else (given, given)
         self.steepness = float(student), float(teacher)
         self.similarity: Similarity = similarity
+        self.engine: Engine = engine
+
+    def check(self, device: torch.device) -> None:
+        n, steepness = self.reference_count, self.steepness[0]
+        choose_engine(self.engine, self.network, n, steepness, self.relaxation, device)
 
     def compare(
         self, student: Tensor, teacher: Tensor, references: Tensor, mask: Tensor | None
@@ -58,6 +64,6 @@ class NeCo(Referring):
         with torch.no_grad():
             theirs = similarities(teacher, references, self.similarity)
         rows = ours.flatten(0, 2), theirs.flatten(0, 2)
-        loss, entropy = sort_cross_entropy(*rows, self.network, *self.steepness, self.relaxation)
+        loss, entropy = sort_cross_entropy(*rows, self.network, *self.steepness, self.relaxation, self.engine)
         agree = ours.argmax(-1) == theirs.argmax(-1)
         return above_floor(loss.view_as(agree), entropy.view_as(agree), agree, mask)

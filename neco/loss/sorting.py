@@ -8,8 +8,10 @@ P[i, j] is the share of item i at rank j, ascending; its rows and columns sum to
 Shapes: R rows (vectors to sort), n values of a row = wires of the network = items = ranks.
 """
 
+import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
@@ -21,9 +23,12 @@ from torch.autograd.function import once_differentiable
 from neco.errors import NecoError
 from neco.loss.relaxation import CAUCHY, Relaxation
 
+log = logging.getLogger(__name__)
 Network = Literal["bitonic", "odd_even"]
+Engine = Literal["auto", "torch", "triton"]
 # Rows at a time: few enough for the cache of a core, on a GPU many enough to hide the launches; either within a bound.
 CPU_ROWS, CUDA_ROWS, MAX_BYTES = 128, 1 << 14, 1 << 29
+TRITON_VALUES = 256  # at most; beyond that a program of the Triton engine runs out of registers
 MAX_WORKERS = 4  # Python's lock lets no more threads of small operations run side by side
 
 
@@ -134,6 +139,7 @@ def sort_cross_entropy(
     student_steepness: float | None = None,
     teacher_steepness: float | None = None,
     relaxation: Relaxation = CAUCHY,
+    engine: Engine = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy between the soft permutations of student (R, n) and teacher (R, n), row by row.
 
@@ -145,18 +151,84 @@ def sort_cross_entropy(
     (`relaxation.float32`: odd_even multiplies n times, some tails are exponential) it is computed in float64.
 
     The gradient is computed in the forward pass, a chunk of rows at a time, so memory grows neither with the layers nor
-    (but for the result) with the rows.
+    (but for the result) with the rows. The engine `auto` is triton on CUDA unless `triton_refusal` says why not.
+
+    Raises NecoError if the shapes differ or `engine` is triton and that is refused.
     """
     if student.shape != teacher.shape or student.ndim != 2:
         raise NecoError(f"student and teacher must both be (R, n), got {(*student.shape,)} and {(*teacher.shape,)}")
     student = at_least_float32(student)
     steepness = [relaxation.steepness if s is None else s for s in (student_steepness, teacher_steepness)]
-    dtype = torch.float64 if steepness[0] > relaxation.float32.get(network, math.inf) else student.dtype
+    dtype = student.dtype if fits_float32(network, steepness[0], relaxation) else torch.float64
+    sort = choose_engine(engine, network, student.shape[1], steepness[0], relaxation, student.device, student.dtype)
     x, y = (v.detach().to(dtype) * s for v, s in zip((student, teacher), steepness, strict=True))
     if torch.is_grad_enabled() and student.requires_grad:
-        return _SortCrossEntropy.apply(student, x, y, network, relaxation, steepness)
-    loss, entropy = _sort_cross_entropy(x, y, network, relaxation, steepness, None)
+        return _SortCrossEntropy.apply(student, x, y, network, relaxation, steepness, sort)
+    loss, entropy = sort(x, y, network, relaxation, steepness, None)
     return loss.to(student), entropy.to(student)
+
+
+def fits_float32(network: Network, steepness: float, relaxation: Relaxation) -> bool:
+    return steepness <= relaxation.float32.get(network, math.inf)
+
+
+def choose_engine(
+    engine: Engine,
+    network: Network,
+    n: int,
+    steepness: float,
+    relaxation: Relaxation,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function, like `_sort_cross_entropy`, that sorts n values; `steepness` is the student's.
+
+    Raises NecoError if `engine` is triton and cannot do it.
+    """
+    if engine == "torch" or (engine == "auto" and device.type != "cuda"):
+        return _sort_cross_entropy
+    if refusal := triton_refusal(network, n, steepness, relaxation, device, dtype):
+        if engine == "triton":
+            raise NecoError(f"engine=triton: {refusal}; engine=auto takes torch for that")
+        return _sort_cross_entropy
+    from neco.loss import sorting_triton
+
+    return sorting_triton.sort_cross_entropy
+
+
+def triton_refusal(
+    network: Network, n: int, steepness: float, relaxation: Relaxation, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why the Triton engine cannot do it, if it cannot."""
+    if relaxation.light:
+        return "it has cauchy, reciprocal and optimal, no relaxation with exponential tails"
+    if n > TRITON_VALUES:
+        return f"it sorts up to {TRITON_VALUES} values, not n = {n}"
+    if dtype == torch.float64 or not fits_float32(network, steepness, relaxation):
+        return f"it computes in float32, which {network} at steepness {steepness:g} in {dtype} does not"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a GPU, and this is {device.type} (TRITON_INTERPRET=1 tries it on the CPU, slowly)"
+    return _triton_broken(device)
+
+
+@lru_cache
+def _triton_broken(device: torch.device) -> str | None:
+    """Why it cannot be used on this device: it is tried once, beside torch."""
+    try:
+        from neco.loss import sorting_triton
+
+        generator = torch.Generator().manual_seed(0)
+        x, y = (100 * torch.rand(2, 8, 16, generator=generator)).to(device)
+        found = []
+        for sort in (_sort_cross_entropy, sorting_triton.sort_cross_entropy):
+            gradient = torch.empty_like(x)
+            found.append(torch.cat([*sort(x, y, "bitonic", CAUCHY, (100, 100), gradient), gradient.flatten()]))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+    except Exception as error:  # no Triton, no C compiler, no Python.h, an old driver: each raises something else
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        log.warning("no sorting by Triton on %s, torch does it: %s", device, why)
+        return f"Triton does not work here ({why})"
+    return None
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -166,9 +238,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 class _SortCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, x, y, network, relaxation, steepness):  # type: ignore[override]
-        gradient = torch.empty_like(x)
-        loss, entropy = _sort_cross_entropy(x, y, network, relaxation, steepness, gradient)
+    def forward(ctx, student, x, y, network, relaxation, steepness, sort):  # type: ignore[override]
+        gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+        loss, entropy = sort(x, y, network, relaxation, steepness, gradient)
         ctx.save_for_backward(gradient.mul_(steepness[0]).to(student))
         loss, entropy = loss.to(student), entropy.to(student)
         ctx.mark_non_differentiable(entropy)
@@ -177,7 +249,7 @@ class _SortCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, loss, entropy):  # type: ignore[override]
-        return ctx.saved_tensors[0] * loss[:, None], None, None, None, None, None
+        return ctx.saved_tensors[0] * loss[:, None], None, None, None, None, None, None
 
 
 def _sort_cross_entropy(

@@ -64,6 +64,7 @@ def prepare(settings: Settings) -> Job:
     trainable.restrict(network, options)
     settings.build("head", dim=network.dim)
     loss = settings.build("loss")
+    call(loss.check, "loss", device=device)
     source_of_weights(settings)
     check_resume(options)
     dataset = settings.build("dataset")
