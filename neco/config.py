@@ -86,6 +86,7 @@ class Train(Training):
 
     node = "train"
     strategy: Literal["ddp", "fsdp"]
+    compile: Literal["auto"] | bool
     teacher: Literal["ema", "none", "frozen", "head_ema"]
     momentum: tuple[Fraction, Fraction]
     blocks: Literal["all"] | NonNegative | list[int]

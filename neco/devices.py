@@ -63,6 +63,13 @@ def gather(x: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x` on a device, without waiting for it: from memory that is not pinned a copy waits for all that is queued."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def gather_uneven(x: Tensor) -> Tensor:
     """The rows (of the first dimension) of all processes, in their order; from any device, on the device of x."""
     if world() == 1:

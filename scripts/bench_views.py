@@ -3,6 +3,8 @@
 published      written out plainly: torchvision's PIL transforms, each drawing for itself, overlap rule, boxes, floats
 applier=pil    our parameters, the published operations, floats
 applier=uint8  our parameters, bytes; they are normalised on the device, here added as `+ normalise`
+colour=device  crops alone, which is all that a worker does then; `+ recolour` adds jitter, greyscale, blur and
+               normalisation, as the device would do them
 
 All on the same JPEG files and one thread, pass by pass in turn. An image's time is the processor time of its best pass,
 so that other programs disturb little; shown is the mean over images, and over that of `uint8`.
@@ -23,7 +25,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
-from neco.augment import reference
+from neco.augment import batched, reference
 from neco.augment.colour import normalise
 from neco.augment.views import Crop, Views, overlap, view_rng
 from neco.dataset.base import read_image
@@ -91,11 +93,28 @@ def uint8_normalised(path: Path, views: Views, index: int) -> Any:
     return [normalise(group) for group in uint8(path, views, index)]
 
 
+def crops_alone(path: Path, views: Views, index: int) -> Any:
+    image = read_image(str(path))
+    params = views.sample(view_rng(0, 0, index), *image.shape[:2])
+    return views.apply(image, params.plain()), batched.parameters(params, views.largest_sigma)
+
+
+def recoloured(path: Path, views: Views, index: int) -> Any:
+    groups, colours = crops_alone(path, views, index)
+    own = slice(views.global_views), slice(views.global_views, None)
+    return [
+        normalise(batched.recolour(group, *(values[part] for values in colours)))
+        for group, part in zip(groups, own, strict=True)
+    ]
+
+
 PIPELINES: dict[str, Callable[[Path, Views, int], Any]] = {
     "published": published,
     "applier=pil": pil,
     "applier=uint8": uint8,
     "+ normalise": uint8_normalised,
+    "colour=device": crops_alone,
+    "+ recolour": recoloured,
 }
 
 

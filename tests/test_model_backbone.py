@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from neco.errors import NecoError
-from neco.model.backbone import Backbone, _cls_attention, interpolate_positions
+from neco.model.backbone import Backbone, StochasticDepth, _cls_attention, interpolate_positions
 from neco.values import MEAN, STD
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
@@ -259,6 +259,18 @@ def test_stochastic_depth_is_linear_and_for_training_only(option: str) -> None:
         torch.manual_seed(0)
         assert not torch.equal(backbone.train()(x), backbone(x))
         assert torch.equal(backbone.eval()(x), backbone(x))
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.9, 1.0])
+def test_stochastic_depth_drops_images_and_scales_the_rest(rate: float) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(4000, 2, 3, dtype=torch.bfloat16).requires_grad_()
+    out = StochasticDepth(rate)(x)
+    out.sum().backward()
+    kept = (out != 0).flatten(1).any(1)
+    torch.testing.assert_close(out[kept], x[kept] / (1 - rate), rtol=0.02, atol=0)
+    assert out.dtype == x.dtype and abs(float(kept.float().mean()) - (1 - rate)) < 0.03
+    assert x.grad is not None and torch.equal(x.grad.flatten(1).any(1), kept)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ VARIANTS = {
     "queue": ["loss.references=queue", "loss.queue_size=64", "loss.mask=fg"],
     "no teacher": ["train.teacher=none", "loss.references=batch_any", "loss.reference_count=5"],
     "bf16": ["train.precision=bf16", "train.clip=0.5"],
-    "multi_scale": ["augment.multi_scale=[0.5,1.0,1.5]", "train.accumulate=2"],
+    "multi_scale": ["augment.multi_scale=[0.5,1.0,1.5]", "train.accumulate=2", "augment.colour=device"],
     "adapters": ["train.lora_rank=2", "train.checkpoint_activations=true"],
     "prototypes": ["loss=leopart", "loss.prototypes=8", "train.accumulate=2"],
     "layers": ["optim.layer_decay=0.5", "train.blocks=[0,2]"],

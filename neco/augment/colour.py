@@ -1,4 +1,4 @@
-"""Colour of views: jitter, greyscale and blur on bytes (OpenCV, in a worker), normalisation on the device.
+"""Colour of a view: jitter, greyscale and blur on bytes (OpenCV, in a worker); normalisation. Of batches: `batched.py`.
 
 The references are PIL's `ImageEnhance`, `convert` and `GaussianBlur`, which the published models were trained with.
 """
@@ -60,15 +60,21 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
     Within 3 levels of PIL, at the border too; a true Gaussian is up to 30 off there and no faster.
     """
-    variance = sigma**2 / 3  # of one pass
+    taps = box(sigma)
+    for _ in range(3):
+        image = cv2.sepFilter2D(image, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
+    return image
+
+
+def box(sigma: float) -> np.ndarray:
+    """Weights of one of the three passes of `blur`, an odd number of them."""
+    variance = sigma**2 / 3
     radius = int((math.sqrt(12 * variance + 1) - 1) / 2)
     edge = (2 * radius + 1) * (radius * (radius + 1) - 3 * variance) / (6 * (variance - (radius + 1) ** 2))
     kernel = np.array([edge] + [1.0] * (2 * radius + 1) + [edge], np.float32)
     kernel /= kernel.sum()
     kernel[radius + 1] += 1 - kernel.sum(dtype=np.float64)  # OpenCV's integer path wants a sum of exactly 1
-    for _ in range(3):
-        image = cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
-    return image
+    return kernel
 
 
 def normalise(images: Tensor) -> Tensor:

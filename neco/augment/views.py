@@ -37,6 +37,10 @@ class ViewParams(NamedTuple):
     grey: np.ndarray  # (V,) bool
     sigma: np.ndarray  # (V,) float64: Gaussian blur in view pixels, 0 = none
 
+    def plain(self) -> "ViewParams":
+        """The same crops in the image's own colours, sharp."""
+        return self._replace(**{name: np.zeros_like(getattr(self, name)) for name in ("jitter", "grey", "sigma")})
+
 
 def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of one sample's views in one epoch: a counter-based stream of its own, whoever draws it."""
@@ -103,9 +107,12 @@ class Views:
         jitter: strengths of brightness, contrast, saturation (factor within 1 -+ strength) and hue (turns).
         blur_sigma: lowest and highest, in pixels of the view.
         applier: `uint8` = torch and OpenCV on bytes; `pil` = the published PIL pipeline, five to ten times slower.
+        colour: where jitter, greyscale and blur are applied in training: by the `worker` that reads the image, or to
+            the batch on the `device` (`batched.py`), the same within a grey level; `auto` = on a GPU.
 
     Raises:
-        NecoError: no pair of views, a range that is upside down, or a hue shift of more than half a turn.
+        NecoError: no pair of views, a range that is upside down, a hue shift of more than half a turn, or PIL's colours
+            on the device.
     """
 
     def __init__(
@@ -129,6 +136,7 @@ class Views:
         blur_strength: NonNegativeFloat = 1.0,
         blur_probability: Fraction = 0.5,
         applier: Literal["uint8", "pil"] = "uint8",
+        colour: Literal["auto", "worker", "device"] = "auto",
     ) -> None:
         if global_views + local_views < 2:
             raise NecoError("global_views=1 with local_views=0 leaves no pair to compare: ask for at least two views")
@@ -139,6 +147,8 @@ class Views:
         strength = np.multiply(jitter, jitter_strength)
         if strength[3] > 0.5:
             raise NecoError(f"jitter[3]={jitter[3]} x jitter_strength={jitter_strength}: hue turns by at most 0.5")
+        if applier == "pil" and colour == "device":
+            raise NecoError("colour=device: PIL works in the workers only; take applier=uint8, or colour=worker")
         self.global_views, self.local_views = global_views, local_views
         self.global_size, self.local_size = (
             None if size is None else sides(size) for size in (global_size, local_size)
@@ -149,7 +159,8 @@ class Views:
         aspects = (width / height for height, width in (size or (1, 1) for size in (self.global_size, self.local_size)))
         global_ratio, local_ratio = ((ratio[0] * aspect, ratio[1] * aspect) for aspect in aspects)
         self.ratios = [global_ratio] * global_views + [local_ratio] * local_views
-        self.teacher, self.multi_scale, self.min_overlap, self.applier = teacher, multi_scale, min_overlap, applier
+        self.teacher, self.multi_scale, self.min_overlap = teacher, multi_scale, min_overlap
+        self.applier, self.colour = applier, colour
         neutral = np.array([1.0, 1.0, 1.0, 0.0])
         sigma = np.multiply(blur_sigma, blur_strength)
         self.lowest = np.append(np.maximum(neutral - strength, [0, 0, 0, -0.5]), sigma[0])  # four factors, sigma
@@ -197,6 +208,15 @@ class Views:
             raise NecoError("the sizes of the views are open: give global_size and local_size, or call resolve")
         return sizes
 
+    def batched(self, device: torch.device) -> bool:
+        """Whether a training on `device` applies the colours there."""
+        return self.colour == "device" or (self.colour, self.applier, device.type) == ("auto", "uint8", "cuda")
+
+    @property
+    def largest_sigma(self) -> float:
+        """Of the blur, in pixels of the view; 0 = none."""
+        return float(self.highest[-1]) if self.probabilities[-1] else 0.0
+
     def sample(self, rng: np.random.Generator, height: int, width: int) -> ViewParams:
         """Draw the views of an image of this size: a function of the generator's state and the size alone."""
         crops = np.array(self._crops(rng, height, width))
@@ -218,9 +238,7 @@ class Views:
     def clean(self, image: np.ndarray, params: ViewParams) -> Tensor:
         """What a clean teacher sees: the global views (G, 3, H, W) of `apply` in the image's own colours, sharp."""
         views = torch.empty(self.global_views, 3, *self.sizes[0], dtype=torch.uint8)
-        nothing = {field: np.zeros_like(getattr(params, field)) for field in ("jitter", "grey", "sigma")}
-        plain = ViewParams(*(values[: self.global_views] for values in params._replace(**nothing)))
-        self._fill([*views.numpy()], image, plain)
+        self._fill([*views.numpy()], image, ViewParams(*(values[: self.global_views] for values in params.plain())))
         return views
 
     def _fill(self, targets: list[np.ndarray], image: np.ndarray, params: ViewParams) -> None:

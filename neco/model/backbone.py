@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from timm.layers import apply_rot_embed_cat
+from timm.layers import DropPath, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -226,6 +226,22 @@ class Backbone(nn.Module):
                 block.attn.num_prefix_tokens = net.num_prefix_tokens
 
 
+class StochasticDepth(DropPath):
+    """timm's, the rate held in a tensor: compiled, blocks of all rates are one program."""
+
+    keep: Tensor
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__(drop_prob)
+        self.register_buffer("keep", torch.tensor(1 - drop_prob), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < self.keep
+        return x * (kept / self.keep.clamp(min=1e-6)).to(x.dtype)  # at a rate of 1 nothing is kept, and no 0 / 0
+
+
 class Attention(nn.Module):
     """The attention of CLS as features of the patches: (B, 3, H, W) -> (B, h, w, D), where D is the number of heads.
 
@@ -252,6 +268,9 @@ def _build(name: str, **arch: Any) -> Any:
         raise NecoError(f"model.name={name} cannot be built by timm with {arch}: {error}") from error
     if type(net) not in (VisionTransformer, Eva) or getattr(net, "rope_mixed", False):
         raise NecoError(f"model.name={name} is a {type(net).__name__}; a plain VisionTransformer or Eva is needed")
+    for place, part in [*net.named_modules()]:
+        if isinstance(part, DropPath):
+            net.set_submodule(place, StochasticDepth(part.drop_prob))
     return net
 
 

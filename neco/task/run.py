@@ -43,13 +43,14 @@ FREE = {
     "dataset.index",
     "dataset.files",  # the list of images itself is compared
     "finetune.stride",
+    "augment.colour",
 }
 FREE |= {
     f"{node}.{key}"
     for node in ("train", "finetune")
     for key in (
         "resume", "workers", "eval_epochs", "save_epochs", "save_minutes", "log_steps", "devices", "nodes", "strategy",
-        "checkpoint_activations", "monitor", "patience",
+        "checkpoint_activations", "compile", "monitor", "patience",
     )
 }  # fmt: skip
 # What decides which parameters and buffers there are: the state of others is of no use.

@@ -1,5 +1,6 @@
 """task=train: post-train a backbone, evaluating it before, while and after."""
 
+import contextlib
 import dataclasses
 import logging
 import shlex
@@ -25,7 +26,7 @@ from neco.task.common import (
     source_of_weights,
 )
 from neco.task.run import Run, announce, bf16, check_resume, few, images, millions
-from neco.training import data, memory, strategies, trainable
+from neco.training import compiled, data, memory, strategies, trainable
 from neco.training.bad import BadImages, Limits, look
 from neco.training.loop import Plan
 from neco.training.module import PostTraining
@@ -49,6 +50,7 @@ class Job:
     val_name: str
     chosen: str
     device: torch.device
+    compiled: bool
 
 
 def prepare(settings: Settings) -> Job:
@@ -59,6 +61,7 @@ def prepare(settings: Settings) -> Job:
     options: Train = settings.spine["train"]
     device = choose_device(settings.run.device)
     check_devices(options, device)
+    compiles = compiled.wanted(options, device)
     network = outline(settings.config.get("model"))
     views = call(settings.build("augment").resolve, "augment", patch=network.patch, size=network.size)
     trainable.restrict(network, options)
@@ -99,7 +102,7 @@ def prepare(settings: Settings) -> Job:
         if options.monitor not in found:
             near = nearest(options.monitor, found) or "; nothing is evaluated here"
             raise NecoError(f"train.monitor={options.monitor}: no such EVALUATION/NETWORK/METRIC{near}")
-    return Job(dataset, samples, shares, limits, views, network, plan, val, val_name, chosen, device)
+    return Job(dataset, samples, shares, limits, views, network, plan, val, val_name, chosen, device, compiles)
 
 
 def _fit(settings: Settings, views: Views, device: torch.device) -> Train:
@@ -121,13 +124,18 @@ def _module(settings: Settings, backbone: Backbone, options: Train, views: Views
     return PostTraining(
         backbone, settings.build("head", dim=backbone.dim), settings.build("loss"),
         options=options, optim=settings.spine["optim"], global_views=views.global_views, steps=steps,
-        seed=settings.run.seed,
+        seed=settings.run.seed, clean=views.teacher == "clean",
     )  # fmt: skip
+
+
+def _sizes(views: Views) -> list[list[tuple[int, int]]]:
+    """Sizes of the views at each scale, the largest last."""
+    return [views.scaled(factor).sizes for factor in sorted(views.multi_scale)]
 
 
 def _trained_sizes(views: Views) -> list[list[tuple[int, int]]]:
     """Sizes of the views that the student sees, at each scale, the largest last."""
-    scaled = [views.scaled(factor).sizes for factor in sorted(views.multi_scale)]
+    scaled = _sizes(views)
     return scaled if views.global_views > 1 else [sizes[1:] for sizes in scaled]  # see PostTraining.training_step
 
 
@@ -148,6 +156,8 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
     backbone = settings.build("model", drop_path=options.drop_path)
     start = run.start(backbone)
     module = _module(settings, backbone, options, job.views, job.plan.steps)
+    if job.compiled:
+        compiled.compile_step(module, len({size for sizes in _sizes(job.views) for size in sizes}))
 
     def evaluate(trained: PostTraining, step: int) -> None:
         if job.val:
@@ -157,10 +167,12 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
             whole = {k: strategies.plain(network, lambda: settings.build("model")) for k, network in networks.items()}
             epoch = round(job.plan.epoch(step), 4)
             loggers = run.loggers.values()
-            measure(settings, run.store, whole, job.val, job.val_name, job.device, step, epoch, loggers)
+            # Images of evaluations have other sizes, each of which would be compiled
+            with torch.compiler.set_stance("force_eager") if job.compiled else contextlib.nullcontext():
+                measure(settings, run.store, whole, job.val, job.val_name, job.device, step, epoch, loggers)
 
     _announce(settings, job, module, start, output)
-    views = data.MultiView(job.samples, job.views, settings.run.seed)
+    views = data.MultiView(job.samples, job.views, settings.run.seed, plain=job.views.batched(job.device))
     step = run.fit(module, views, job.shares, BadImages(output, job.samples, job.limits), evaluate)
     best = run.report()
     _advise(settings, job, output)
@@ -175,13 +187,13 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
     """Say what is going to happen, before it does. `start`: where the weights come from."""
     options: Train = settings.spine["train"]
     plan, network, half = job.plan, job.network, bf16(options, job.device)
-    sizes = [job.views.scaled(factor).sizes for factor in sorted(job.views.multi_scale)]
     backbone, head = module.student.backbone, module.student.head
     whole = all(p.requires_grad for p in backbone.parameters())
     frozen = "" if whole else f"; frozen: {millions(backbone, False)} of the backbone"
     marks = sorted({0, *plan.marks(options.eval_epochs), plan.steps})
     needed = memory.estimate(module, _trained_sizes(job.views)[-1], options.micro_batch, half, job.device)
     total = memory.total(job.device)
+    colour = "; coloured on the device" if job.views.batched(job.device) else ""
     clean = "; the teacher sees them clean" if job.views.teacher == "clean" else ""
     announce({
         "data": images(settings.choices["dataset"], job.shares),
@@ -189,11 +201,12 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
         "start": start,
         "trained": f"{millions(backbone)} of the backbone ({trainable.describe(backbone)}) + "
         f"{millions(head)} of the head{frozen}; teacher: {options.teacher}",
-        "views": f"{' or '.join(dict.fromkeys(map(_views, sizes)))} pixels{clean}",
+        "views": f"{' or '.join(dict.fromkeys(map(_views, _sizes(job.views))))} pixels{clean}{colour}",
         "steps": f"{plan.steps} of {options.images} images, {plan.epoch(plan.steps):.4g} epochs",
         "evaluation": f"{job.chosen} on {job.val_name} at steps {few(marks)}" if job.val else "none",
         "memory": f"about {needed / memory.GB:.2f} GB at the peak, of {total / memory.GB:.1f} GB",
-        "device": f"{device_name(job.device)}, {'bf16' if half else 'fp32'}{strategies.describe(options)}",
+        "device": f"{device_name(job.device)}, {'bf16' if half else 'fp32'}{', compiled' if job.compiled else ''}"
+        f"{strategies.describe(options)}",
         "writes": str(output),
     })  # fmt: skip
     if needed > total:

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from neco import devices, interrupt
+from neco.augment import batched
 from neco.augment.joint import JointCrop
 from neco.augment.views import Views, batch_scale, view_rng
 from neco.dataset.base import Dataset as Labelled
@@ -114,19 +115,25 @@ class Drawn(Dataset[dict[str, Any]]):
 
 
 class MultiView(Drawn):
-    """The views of an image, at the scale of its batch."""
+    """The views of an image, at the scale of its batch; `plain` ones come with the `Colours` that they are to get."""
 
-    def __init__(self, samples: list[Sample], views: Views, seed: int) -> None:
+    def __init__(self, samples: list[Sample], views: Views, seed: int, plain: bool = False) -> None:
         super().__init__(samples, seed)
-        self.views = views
+        self.views, self.plain = views, plain
 
     def draw(self, sample: Sample, rng: np.random.Generator, batch: int) -> dict[str, Any]:
         image = read_image(sample.image)
         params = self.views.sample(rng, *image.shape[:2])
         views = self.views.scaled(batch_scale(self.seed, batch, self.views.multi_scale))
-        global_views, local_views = views.apply(image, params)
-        item = {"global_views": global_views, "local_views": local_views, "crops": torch.as_tensor(params.crops)}
-        if views.teacher == "clean":
+        global_views, local_views = views.apply(image, params.plain() if self.plain else params)
+        item: dict[str, Any] = {
+            "global_views": global_views,
+            "local_views": local_views,
+            "crops": torch.as_tensor(params.crops),
+        }
+        if self.plain:
+            item["colours"] = batched.parameters(params, views.largest_sigma)
+        elif views.teacher == "clean":
             item["teacher_views"] = views.clean(image, params)
         return item
 

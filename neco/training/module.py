@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from neco import config
+from neco.augment.batched import recolour
 from neco.augment.colour import normalise
 from neco.loss.base import Loss, Referring
 from neco.model.backbone import Backbone
@@ -47,6 +48,9 @@ class PostTraining(Module):
     parameters goes with the head.
 
     Position and tensors are all that a checkpoint needs.
+
+    Args:
+        clean: the teacher sees the global views in their own colours.
     """
 
     student: Network
@@ -66,6 +70,7 @@ class PostTraining(Module):
         global_views: int,
         steps: int,
         seed: int,
+        clean: bool = False,
     ) -> None:
         super().__init__(options=options, optim=optim, steps=steps, seed=seed)
         trainable.restrict(backbone, options)
@@ -75,7 +80,8 @@ class PostTraining(Module):
         self.teacher = None if alone else copy.deepcopy(self.student).eval().requires_grad_(False)
         self.loss = loss
         loss.attach(head.out)
-        self.global_views = global_views
+        self.global_views, self.clean = global_views, clean
+        self.recolour = recolour
         self.queue = None
         if isinstance(loss, Referring) and loss.references == "queue":
             self.queue = Queue(loss.queue_size, global_views, head.out)
@@ -89,21 +95,28 @@ class PostTraining(Module):
             self.teacher.eval()
         return self
 
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        """`batch`: uint8 views (B, G, 3, H, W), (B, L, 3, h, w), crops (B, V, 4), and teacher's views (B, G, 3, H, W)
-        where those differ; `index`: its number in the run. With several processes B are the images of this one.
+    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+        """`batch`: uint8 views (B, G, 3, H, W), (B, L, 3, h, w), crops (B, V, 4); teacher's views (B, G, 3, H, W) where
+        those differ, or `Colours` (B, V, ...) that all views are still to get; `index`: its number in the run. With
+        several processes B are the images of this one.
         """
         self.draw(index)
         size = len(batch["crops"])
 
-        def images(name: str) -> Tensor:
-            return normalise(batch[name].transpose(0, 1).flatten(0, 1))
+        def rows(values: Tensor) -> Tensor:
+            return values.transpose(0, 1).flatten(0, 1)
+
+        def images(name: str, *colours: Tensor) -> Tensor:
+            pixels = rows(batch[name])
+            return normalise(self.recolour(pixels, *map(rows, colours)) if colours and len(pixels) else pixels)
 
         def by_view(maps: Any) -> Any:
             return None if maps is None else maps.unflatten(0, (-1, size))
 
-        large, small = images("global_views"), images("local_views")
-        shown = images("teacher_views") if "teacher_views" in batch else large
+        colours = batch.get("colours", ())
+        large = images("global_views", *(values[:, : self.global_views] for values in colours))
+        small = images("local_views", *(values[:, self.global_views :] for values in colours))
+        shown = images("global_views" if colours else "teacher_views") if self.clean else large
         teacher, attention = self.target(shown)
         student = None
         if self.global_views > 1:  # a single one is compared with local ones alone: nobody asks the student about it

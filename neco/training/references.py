@@ -25,7 +25,7 @@ def draws(seed: int, step: int, use: int, lists: int, population: int, count: in
 
 def permutations(seed: int, step: int, pairs: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """The permutations (pairs, count) that `deal` the references of a training step."""
-    return draws(seed, step, DEAL, pairs, count, count).to(device, non_blocking=True)
+    return devices.send(draws(seed, step, DEAL, pairs, count, count), device)
 
 
 def deal(teacher: Tensor, permutations: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def from_batch(
         places = torch.arange(images * count, device=device).view(images, count)
     elif source == "batch_any":
         free = np.stack([_generator(seed, step, ANY, pair).random(images * count) for pair in range(pairs)])
-        places = torch.from_numpy(free).to(device, non_blocking=True) * allowed.sum(1, keepdim=True)
+        places = devices.send(torch.from_numpy(free), device) * allowed.sum(1, keepdim=True)
     else:
         places = torch.arange(images * count, device=device)
     index = _pick(order, allowed, places.long()).view(pairs, images * count)
@@ -156,7 +156,7 @@ class Queue(nn.Module):
         world, first = devices.world(), devices.rank() * local
         pushed = min(PUSHED_PER_IMAGE * maps.shape[1] * world, self.vectors.shape[1], local * world)
         order = draws(seed, step, PUSH, views, local * world, local * world if kept else pushed)
-        order = order.to(maps.device, non_blocking=True)
+        order = devices.send(order, maps.device)
         if kept:
             mask = devices.gather(kept[0].flatten(1), 1).gather(1, order)
             order = _pick(order, mask | ~mask.any(1, keepdim=True), torch.arange(pushed, device=maps.device))
@@ -173,5 +173,5 @@ class Queue(nn.Module):
 
 def _take(vectors: Tensor, indices: Tensor) -> Tensor:
     """vectors (G, m, D), indices (G, k) -> (G, k, D)."""
-    indices = indices.to(vectors.device, non_blocking=True)
+    indices = devices.send(indices, vectors.device)
     return vectors[torch.arange(len(vectors), device=vectors.device)[:, None], indices]
