@@ -136,3 +136,14 @@ def perform(task: ModuleType, output: Path, cache: Path, *overrides: str) -> Pat
     wanted = config.load(*overrides, f"cache_dir={cache}", f"run_dir={output}")
     task.main(wanted, task.prepare(wanted), output)
     return output
+
+
+@pytest.fixture
+def saved(tmp_path: Path):
+    """`saved(content)` writes a file of weights and returns its path."""
+
+    def save(content: object, name: str = "file.pth") -> str:
+        torch.save(content, tmp_path / name)
+        return str(tmp_path / name)
+
+    return save

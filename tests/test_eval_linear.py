@@ -17,7 +17,7 @@ from torch import nn
 
 from neco import config
 from neco.errors import NecoError
-from neco.eval import linear
+from neco.eval import heads
 from neco.eval.base import Draw, Extract, Result, generator
 from neco.eval.linear import Linear
 from neco.task.common import save
@@ -192,7 +192,7 @@ def test_fixed_draws_come_from_the_cache(dataset: Files, tmp_path: Path, monkeyp
 
 def test_every_image_gets_the_mask_of_another() -> None:
     for count in (2, 3, 50):
-        found = linear.mates(count, 0)
+        found = heads.mates(count, 0)
         assert sorted(found) == [*range(count)] and (found != np.arange(count)).all()
 
 
@@ -200,7 +200,7 @@ def test_rows_are_regrouped_in_order() -> None:
     rows = torch.arange(11.0)[:, None]
     sizes = [0, 4, 4, 0, 3]
     parts = list(zip(rows.split(3), rows.split(3), strict=True))
-    groups = [*linear.regroup(parts, sizes, (rows[:0], rows[:0]))]
+    groups = [*heads.regroup(parts, sizes, (rows[:0], rows[:0]))]
     assert [len(tokens) for tokens, _ in groups] == sizes
     assert all(torch.equal(tokens, masks) for tokens, masks in groups)
     assert torch.equal(torch.cat([tokens for tokens, _ in groups]), rows)
@@ -208,9 +208,9 @@ def test_rows_are_regrouped_in_order() -> None:
 
 def test_batches_without_a_label_do_not_harm(dataset: Files) -> None:
     logits, masks = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0)), torch.full((2, 4, 4), 255)
-    assert linear.cross_entropy(logits, masks) == 0
+    assert heads.cross_entropy(logits, masks) == 0
     masks[0, 0] = 3
-    torch.testing.assert_close(linear.cross_entropy(logits, masks), F.cross_entropy(logits, masks, ignore_index=255))
+    torch.testing.assert_close(heads.cross_entropy(logits, masks), F.cross_entropy(logits, masks, ignore_index=255))
     void = Image.fromarray(np.full_like(np.array(Image.open(dataset.rows["train"][0].mask)), 255))
     void.save(dataset.rows["train"][0].mask)
     found = Linear(**QUICK | {"batch_size": 1})(Conv(8), dataset, extract=HERE)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import CONF, losses
 
-from neco import config
+from neco import config, schema
 from neco.config import locate
 from neco.errors import NecoError
 from neco.model.export import FILES
@@ -44,14 +44,14 @@ def test_task_has_its_keys_and_its_two_parts(name):
     )
 
 
-@pytest.mark.parametrize("decoder", get_args(get_type_hints(config.Finetune)["decoder"]))
+@pytest.mark.parametrize("decoder", get_args(get_type_hints(schema.Finetune)["decoder"]))
 def test_decoder_trains(finetune, decoder):
     found = losses(finetune(f"finetune.decoder={decoder}", "finetune.steps=2"))
     assert len(found) == 2 and all(torch.isfinite(torch.tensor(found)))
 
 
 def test_formats_of_weights_are_those_that_can_be_chosen():
-    assert {*get_args(get_type_hints(config.Run)["format"])} == FILES.keys()
+    assert {*get_args(get_type_hints(schema.Run)["format"])} == FILES.keys()
 
 
 @pytest.mark.parametrize("name", options("loss"))

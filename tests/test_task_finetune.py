@@ -15,12 +15,12 @@ from PIL import Image
 from test_task_train import Stopped, assert_same_run, state, stop_after  # noqa: F401
 
 from neco import config, load_backbone
-from neco.config import Finetune, Optim
 from neco.errors import NecoError
 from neco.eval.base import Result
 from neco.eval.sliding import SlidingWindows
 from neco.model import last_checkpoint
 from neco.model.weights import read, recognise, weights_hash
+from neco.schema import Finetune, Optim
 from neco.training.finetune import FineTuning
 
 FEWER = ["model.arch.depth=2"]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from neco.augment.views import Views, batch_scale
-from neco.config import Train
 from neco.dataset.base import Sample
+from neco.schema import Train
 from neco.training.data import MultiView, Positions, loader
 from neco.training.loop import Plan
 

@@ -8,6 +8,7 @@ import yaml
 
 from neco import config
 from neco.errors import NecoError
+from neco.model import sources as _sources
 from neco.model import weights as _weights
 from neco.model.backbone import Backbone
 
@@ -31,8 +32,8 @@ def trained_model(source: str | None, trust_pickle: bool = False) -> dict[str, A
     if source is None or not source.endswith((".ckpt", ".safetensors")) or not Path(source).is_file():
         return None
     if source.endswith(".safetensors"):
-        return _weights.header(Path(source)).get("model")
-    held = _weights.contents(Path(source), trust_pickle).get("neco")
+        return _sources.header(Path(source)).get("model")
+    held = _sources.contents(Path(source), trust_pickle).get("neco")
     return held and held["config"]["model"]
 
 
@@ -61,7 +62,7 @@ def load_backbone(
         model, source = source, ""
     source = last_checkpoint(source)
     if source and not source.startswith(("http://", "https://")) and not timm.is_model(source):
-        _weights.locate(source, "")  # it must be there
+        _sources.locate(source, "")  # it must be there
     node = trained_model(source, trust_pickle) if model is None else None
     if node is None:
         if model not in options:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from neco import devices, gallery
-from neco.config import Settings, Trainings, build, call
+from neco.config import Settings, build, call
 from neco.dataset.base import Dataset, Sample
 from neco.dataset.files import stamp
 from neco.dataset.inspect import inspect
@@ -29,6 +29,7 @@ from neco.model import last_checkpoint, trained_model
 from neco.model.backbone import Attention, Backbone
 from neco.model.weights import Which, locate, weights_hash
 from neco.results import Results
+from neco.schema import Trainings
 from neco.training import memory
 from neco.values import share
 

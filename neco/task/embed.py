@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils import data
 
 from neco import devices, interrupt, results
-from neco.config import Embed, Settings, build, call
+from neco.config import Settings, build, call
 from neco.dataset.base import Dataset, Sample, read_image, stored_size
 from neco.dataset.files import stamp
 from neco.dataset.inspect import places
@@ -32,6 +32,7 @@ from neco.errors import NecoError
 from neco.eval.base import Extract, input_size
 from neco.model import weights
 from neco.progress import track
+from neco.schema import Embed
 from neco.task.common import choose_device, device_name, locked, model_of, outline, source_of_weights
 from neco.training.bad import look, too_many
 from neco.training.data import worker_init

@@ -9,13 +9,14 @@ import torch
 
 from neco import devices
 from neco.augment.joint import JointCrop
-from neco.config import Finetune, Settings, call
+from neco.config import Settings, call
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.dataset.inspect import inspect
 from neco.errors import NecoError
 from neco.eval.base import labelled
 from neco.eval.sliding import SlidingWindows
 from neco.model.backbone import Backbone
+from neco.schema import Finetune
 from neco.task.common import (
     check_devices,
     choose_device,

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from neco import devices, results, startup
-from neco.config import Settings, Trainings
+from neco.config import Settings
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
-from neco.model import weights
+from neco.model import sources, weights
+from neco.schema import Trainings
 from neco.task.common import device_name, source_of_weights
 from neco.training import data, strategies
 from neco.training.bad import BadImages
@@ -91,7 +92,7 @@ class Run:
         self.saved = {"config": settings.config, "files": listing, "classes": list(classes)}
         self.checkpoints = Checkpoints(output / "checkpoints")
         self.resume = find(options, self.checkpoints.last, self.saved)
-        self.done = weights.contents(self.resume)["global_step"] if self.resume else 0
+        self.done = sources.contents(self.resume)["global_step"] if self.resume else 0
         if self.done > plan.steps:
             raise NecoError(
                 f"{options.node}.steps={plan.steps}: {self.resume} is at step {self.done} already; "
@@ -169,7 +170,7 @@ class Run:
         else:
             log.info("all %d steps are done", done)
             devices.join()
-            module.load_state_dict(weights.contents(self.resume)["state_dict"])  # type: ignore[arg-type]
+            module.load_state_dict(sources.contents(self.resume)["state_dict"])  # type: ignore[arg-type]
         module.to(device)
         evaluated(module, done)
         for logger in self.loggers.values():
@@ -255,7 +256,7 @@ def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
     if last.exists() and path.resolve().parent != last.resolve().parent:
         raise NecoError(f"{key}={resume}: {last} is another run's, which would be lost; choose another run_dir")
     try:
-        before = weights.contents(path).get("neco")
+        before = sources.contents(path).get("neco")
     except NecoError as error:
         others = sorted({*path.parent.glob("epoch_*.ckpt"), *path.parent.glob("best*.ckpt")})
         kept = ", ".join(map(str, others)) or "none"

@@ -11,10 +11,11 @@ import torch
 
 from neco import devices
 from neco.augment.views import Views, show
-from neco.config import Settings, Train, call, nearest
+from neco.config import Settings, call, nearest
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.model.backbone import Backbone
+from neco.schema import Train
 from neco.task.common import (
     check_devices,
     check_evaluations,

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from neco import config, devices
+from neco import devices, schema
 from neco.errors import NecoError
 from neco.model.backbone import Backbone
 from neco.training import optim, strategies
@@ -26,7 +26,7 @@ class Module(pl.LightningModule):
     broken_at: Tensor
     shown: tuple[str, ...] = ("loss",)
 
-    def __init__(self, *, options: config.Trainings, optim: config.Optim, steps: int, seed: int) -> None:
+    def __init__(self, *, options: schema.Trainings, optim: schema.Optim, steps: int, seed: int) -> None:
         super().__init__()
         self.options, self.optim_options, self.steps, self.seed = options, optim, steps, seed
         self.register_buffer("broken_at", torch.tensor(-1), persistent=False)

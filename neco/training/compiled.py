@@ -7,8 +7,8 @@ import shutil
 
 import torch
 
-from neco.config import Train
 from neco.errors import NecoError
+from neco.schema import Train
 from neco.training.module import PostTraining
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ Legend: B images, S pixels of a crop's side, C classes.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neco import config, devices
+from neco import devices, schema
 from neco.augment.colour import normalise
 from neco.dataset.base import IGNORE
 from neco.model.backbone import Backbone
@@ -14,7 +14,7 @@ from neco.model.decoder import Linear, MaskTransformer, Segmenter
 from neco.training.base import Module
 
 
-def build_decoder(options: config.Finetune, dim: int, classes: int) -> nn.Module:
+def build_decoder(options: schema.Finetune, dim: int, classes: int) -> nn.Module:
     """The decoder that `finetune.decoder` names."""
     if options.decoder == "linear":
         return Linear(dim, classes)
@@ -24,15 +24,15 @@ def build_decoder(options: config.Finetune, dim: int, classes: int) -> nn.Module
 class FineTuning(Module):
     """End-to-end training of a segmenter (arXiv 2105.05633, section 3)."""
 
-    options: config.Finetune
+    options: schema.Finetune
 
     def __init__(
         self,
         backbone: Backbone,
         classes: int,
         *,
-        options: config.Finetune,
-        optim: config.Optim,
+        options: schema.Finetune,
+        optim: schema.Optim,
         steps: int,
         seed: int,
     ) -> None:

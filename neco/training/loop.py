@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from neco import devices, interrupt, progress, startup
-from neco.config import Trainings
 from neco.errors import NecoError
+from neco.schema import Trainings
 from neco.training import memory
 from neco.training.base import Module
 

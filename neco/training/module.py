@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from neco import config
+from neco import schema
 from neco.augment.batched import recolour
 from neco.augment.colour import normalise
 from neco.loss.base import Loss, Referring
@@ -56,7 +56,7 @@ class PostTraining(Module):
     student: Network
     teacher: Network | None
     loss: Loss
-    options: config.Train
+    options: schema.Train
     shown = ("loss", "kl")
 
     def __init__(
@@ -65,8 +65,8 @@ class PostTraining(Module):
         head: Head,
         loss: Loss,
         *,
-        options: config.Train,
-        optim: config.Optim,
+        options: schema.Train,
+        optim: schema.Optim,
         global_views: int,
         steps: int,
         seed: int,

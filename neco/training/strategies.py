@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from neco.config import Trainings
+from neco.schema import Trainings
 
 
 def strategy(options: Trainings, device: torch.device) -> Strategy | str:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from neco import config
+from neco import config, schema
 from neco.errors import NecoError
 from neco.model import lora
 from neco.model.backbone import Backbone
@@ -22,7 +22,7 @@ def chosen_blocks(blocks: Literal["all"] | int | list[int], depth: int) -> list[
     return sorted({index % depth for index in listed})
 
 
-def restrict(backbone: Backbone, options: config.Train) -> None:
+def restrict(backbone: Backbone, options: schema.Train) -> None:
     """Freeze what `train.blocks` and `train.embeddings` leave out; with `train.lora_rank` add the adapters.
 
     The final norm trains with the blocks, unless it is adapters that they train.

@@ -1,0 +1,219 @@
+"""Published layouts of weights: told from the keys, brought into timm's names, every tensor accounted for."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neco.errors import NecoError
+from neco.model.backbone import Backbone
+
+# What stands before it, in a file's flattened keys, is where a network begins.
+LANDMARK = (
+    r"patch_embed\.proj\.weight$|embeddings\.patch_embeddings\.(projection\.)?weight$|(embeddings\.)?class_embedding$"
+)
+ANY = r"(?:(?:state_dict|model|module|backbone|net|visual|trunk|vit|dinov\d\w*|vision_model|_orig_mod)\.)*"
+BOTH = {role: rf"{ANY}{role}\.{ANY}" for role in ("teacher", "student")}
+
+
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A layout: `sign`, found in a key of the file, gives it away.
+
+    `networks` are what it may hold (`student`, `teacher`, or `only`) with what their keys begin with; `auto` takes the
+    first that is there, which is the one that the method's authors evaluate.
+    """
+
+    name: str
+    networks: Mapping[str, str]
+    sign: str = ""
+
+
+# The first format with its sign and one of its networks is taken: the specific before the general.
+FORMATS = (
+    Format("neco checkpoint", {r: rf"state_dict\.{r}\.backbone\.net\." for r in ("teacher", "student")}),
+    Format("fine-tuned neco checkpoint", {"only": r"state_dict\.segmenter\.backbone\.net\."}),
+    Format(
+        "MoCo v3",
+        {r: rf"{ANY}{encoder}_encoder\." for r, encoder in (("student", "base"), ("teacher", "momentum"))},
+    ),
+    Format("TimeT", {"student": rf"{ANY}feature_extractor\.{ANY}", "teacher": BOTH["teacher"]}, r"feature_extractor\."),
+    Format("Leopart", {"student": rf"{ANY}model\.", "teacher": BOTH["teacher"]}, r"model\.prototypes\."),
+    Format(
+        "published NeCo checkpoint",
+        {"teacher": r"state_dict\.teacher\.", "student": r"state_dict\.model\."},
+        r"^state_dict\.(teacher\.|(teacher_)?projection_head\.)",
+    ),
+    Format("CrIBo", BOTH, r"^centroids_queue"),
+    Format("iBOT", BOTH, r"^ibot_loss\."),
+    Format("DINO or CrOC", BOTH, r"^dino_loss\."),
+    Format("student and teacher", BOTH),
+    Format("MAE", {"only": ANY}, r"decoder_(embed|pred)\."),
+    Format("CLIP", {"only": ANY}, r"transformer\.resblocks\.\d+\.attn\.in_proj_weight$|vision_model\."),
+    Format("transformers", {"only": ANY}, r"embeddings\.patch_embeddings\."),
+    Format("DINOv3 hub", {"only": ANY}, r"storage_tokens$"),
+    Format("DINOv2 hub", {"only": ANY}, r"mask_token$"),
+    Format("plain backbone", {"only": ANY}),
+)
+B = r"(blocks\.\d+\.)"
+RENAMES = (  # other names -> timm's, one after the other
+    (r"^transformer\.resblocks\.", "blocks."),  # CLIP of OpenAI and open_clip, with more below
+    # DINOv2 and DINOv3 hub
+    (r"^(register|storage)_tokens$", "reg_token"),
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # chunks of blocks, as trained with FSDP
+    (rf"^{B}mlp\.w12\.", r"\1mlp.fc1."),
+    (rf"^{B}mlp\.(w1|gate_proj)\.", r"\1mlp.fc1_g."),
+    (rf"^{B}mlp\.w2\.", r"\1mlp.fc1_x."),
+    (rf"^{B}mlp\.w3\.", r"\1mlp.fc2."),
+    # transformers: ViT, DINOv2, DINOv3, CLIP
+    (r"^(pre|post)_?(layrnorm|layernorm)\.", r"norm_\1."),
+    (r"^norm_post\.", "norm."),
+    (r"^embeddings\.class_embedding$|^embeddings\.cls_token$|^class_embedding$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.(position_embeddings|position_embedding\.weight)$|^positional_embedding$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings?\.(projection\.)?", "patch_embed.proj."),
+    (r"^embeddings\.", ""),
+    (r"^((encoder|model)\.)?layers?\.(\d+)\.", r"blocks.\3."),
+    (r"^layernorm\.", "norm."),
+    (rf"^{B}(layernorm_before|layer_norm1)\.", r"\1norm1."),
+    (rf"^{B}(layernorm_after|layer_norm2)\.", r"\1norm2."),
+    (rf"^{B}(attention\.attention|attention|self_attn)\.", r"\1attn."),
+    (rf"^{B}attn\.(query|key|value)\.", lambda m: f"{m[1]}attn.{m[2][0]}_proj."),
+    (rf"^{B}attn\.(output\.dense|o_proj|out_proj)\.", r"\1attn.proj."),
+    (rf"^{B}(intermediate\.dense|mlp\.weights_in|mlp\.up_proj)\.", r"\1mlp.fc1."),
+    (rf"^{B}(output\.dense|mlp\.weights_out|mlp\.down_proj)\.", r"\1mlp.fc2."),
+    (rf"^{B}layer_scale(\d)\.lambda1$|^{B}gamma_(\d)$", lambda m: f"{m[1] or m[3]}ls{m[2] or m[4]}.gamma"),
+    # CLIP
+    (r"^conv1\.", "patch_embed.proj."),
+    (r"^ln_pre\.", "norm_pre."),
+    (r"^ln_post\.", "norm."),
+    (rf"^{B}ln_(\d)\.", r"\1norm\2."),
+    (rf"^{B}attn\.in_proj_", r"\1attn.qkv."),
+    (rf"^{B}mlp\.c_fc\.", r"\1mlp.fc1."),
+    (rf"^{B}mlp\.c_proj\.", r"\1mlp.fc2."),
+)
+EVA = ((rf"^{B}ls(\d)\.gamma$", r"\1gamma_\2"), (rf"^{B}mlp\.fc1\.", r"\1mlp.fc1_x."))  # where timm's has other names
+IGNORABLE = (  # (keys, why a backbone does without them)
+    (r"mask_token|masked_embed", "masked-image pretraining only"),
+    (r"decoder[_.].+", "the decoder of masked pretraining"),
+    (r"(\w*head|fc|classifier|projector|predictor|pooler|prototypes|attn_pool)\..+|proj", "a head, not the backbone"),
+    (r"fc_norm\..+", "norms the mean of patches"),
+    (r"rope_embed(dings)?\..+", "fixed frequencies, which the network computes"),
+    (r"position_ids", "a range, not a weight"),
+    (r"(local_)?cls_norm\..+", "norms CLS alone"),
+)
+DROPPED = (r"reg_token", "registers=drop")
+
+
+def recognise(held: Mapping[str, Tensor], source: str = "file") -> tuple[str, dict[str, str]]:
+    """Name of the layout and, for each network found in it, what its keys begin with; the authors' choice first."""
+    prefixes = [key[: found.start()] for key in held if (found := re.search(LANDMARK, key))]
+    for layout in FORMATS:
+        places = {r: [p for p in prefixes if re.fullmatch(pattern, p)] for r, pattern in layout.networks.items()}
+        if not any(places.values()) or not any(re.search(layout.sign, key) for key in held):
+            continue
+        if any(len(several) > 1 for several in places.values()):
+            raise NecoError(f"{source} holds several networks that could be meant: {places}")
+        return layout.name, {role: place[0] for role, place in places.items() if place}
+    seen = ", ".join([*prefixes][:5]) or ", ".join([*held][:5]) or "no tensors"
+    raise NecoError(f"{source} has no layout that is known here: no patch embedding where a ViT has one ({seen})")
+
+
+def match(backbone: Backbone, held: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state of `backbone.net` from a network's tensors under any known names, and the keys that were ignored."""
+    wanted: dict[str, Tensor] = backbone.net.state_dict()
+    state: dict[str, Tensor] = {}
+    for given, value in held.items():
+        key = given
+        for pattern, name in RENAMES:
+            key = re.sub(pattern, name, key)
+        if key not in wanted:
+            key = next((other for pattern, name in EVA if (other := re.sub(pattern, name, key)) in wanted), key)
+        if key in state:
+            raise NecoError(f"{where} holds {key} twice, once as {given}")
+        state[key] = value[(None,) * (3 - value.ndim)] if key in ("cls_token", "pos_embed") else value
+    zero = _attention(state, wanted)
+    reasons = (*IGNORABLE, DROPPED) if backbone.spec["registers"] == "drop" else IGNORABLE
+    ignored = {key: why for key in sorted(set(state) - set(wanted)) for keys, why in reasons if re.fullmatch(keys, key)}
+    state = {key: value for key, value in state.items() if key not in ignored}
+    ignored |= dict.fromkeys(zero, "zero, and the network has none")
+    pos = state.get("pos_embed")
+    if pos is not None and backbone.net.no_embed_class and "cls_token" in state and _side(pos.shape[1] - 1):
+        # timm keeps no position for CLS beside registers: x + pos is the same with the sum as the token
+        state |= {"cls_token": state["cls_token"] + pos[:, :1], "pos_embed": pos[:, 1:]}
+
+    faults = [f"missing: {key}" for key in wanted if key not in state]
+    faults += [f"left over: {key}" for key in state if key not in wanted]
+    faults += [
+        f"shape: {key} is {tuple(state[key].shape)} in the file, {tuple(wanted[key].shape)} in the network"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    if faults:
+        shown = "\n  ".join(faults[:10] + ["..."] * (len(faults) > 10))
+        raise NecoError(
+            f"{where} does not fit {backbone.spec['name']}: {len(faults)} keys\n  {shown}{_hint(backbone, state)}"
+        )
+    sparse = [key for key in wanted if state[key].layout != torch.strided]
+    if sparse:
+        raise NecoError(f"{where} holds sparse tensors: {', '.join(sparse[:10])}")
+    broken = [key for key in wanted if not state[key].float().isfinite().all()]
+    if broken:
+        raise NecoError(f"{where} has values that are not finite in {len(broken)} tensors: {', '.join(broken[:10])}")
+    return state, ignored
+
+
+def _attention(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Give queries, keys and values the arrangement of the network, in place; biases left out because they are zero.
+
+    Files hold one matrix or three, and one bias, three or two: keys need none.
+    """
+    zero = []
+    for attn in [key.removesuffix("q_proj.weight") for key in state if key.endswith(".attn.q_proj.weight")]:
+        if f"{attn}qkv.weight" in wanted:
+            biases = [state.pop(f"{attn}{part}_proj.bias", None) for part in "qkv"]
+            state[f"{attn}qkv.weight"] = torch.cat([state.pop(f"{attn}{part}_proj.weight") for part in "qkv"])
+            if (given := next((bias for bias in biases if bias is not None), None)) is not None:
+                state[f"{attn}qkv.bias"] = torch.cat([torch.zeros_like(given) if b is None else b for b in biases])
+    for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
+        bias, mask = state[key], state.pop(f"{key}_mask", None)
+        if mask is not None:  # DINOv3 hub: 0 for the keys, where the bias may be anything
+            state[key] = bias = torch.where(mask == 0, 0, bias)
+        queries, keys, values = bias.chunk(3)
+        own = key.removesuffix("qkv.bias")
+        if key not in wanted and not bias.any():
+            zero.append(key)
+            del state[key]
+        elif f"{own}q_bias" in wanted and key not in wanted and not keys.any():
+            del state[key]
+            state |= {f"{own}q_bias": queries, f"{own}v_bias": values}
+    return zero
+
+
+def _side(tokens: int) -> int:
+    """Side of the square grid with that many tokens, or 0."""
+    side = math.isqrt(tokens)
+    return side if side * side == tokens else 0
+
+
+def _hint(backbone: Backbone, state: Mapping[str, Tensor]) -> str:
+    net, name = backbone.net, backbone.spec["name"]
+    if ("reg_token" in state) != (net.reg_token is not None):
+        return "\nfile and model differ in registers: dinov2_* has none, dinov2r_* keeps, dinov2r_xr_* drops them"
+    if "_dinov3." in name and "blocks.0.attn.qkv.bias" in state:
+        return f"\nthe file's queries and values have biases: model.name={name.replace('_dinov3.', '_dinov3_qkvb.')}"
+    if "norm.weight" not in state:
+        return "\nthe file has no norm of patches, as after fine-tuning with mean pooling: take the pretrained one"
+    pos, patch = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    fits = patch is not None and patch.shape == net.patch_embed.proj.weight.shape
+    if fits and pos is not None and net.pos_embed is not None and pos.shape[1] != net.pos_embed.shape[1]:
+        side = _side(pos.shape[1]) or _side(pos.shape[1] - 1)
+        return f"\nthe file's positions are for model.size={side * backbone.patch} (inputs may have any size)"
+    return ""
+
+
