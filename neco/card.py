@@ -17,6 +17,10 @@ TASKS = {
     "train": "Post-trained with Patch Neighbor Consistency ([arXiv 2408.11054](https://arxiv.org/abs/2408.11054))",
     "finetune": "Fine-tuned for segmentation, end to end with a decoder, which is not here",
 }
+NONE = {  # where no numbers were recorded
+    "": "None were recorded of these weights: `python -m neco task=eval` measures.",
+    "finetune": "Those of the run are of backbone and decoder together: `python -m neco task=eval` measures these.",
+}
 RULES = {
     "hub": "as DINOv2's code does",
     "timm": "to the exact size, antialiased, as timm does",
@@ -63,7 +67,7 @@ def card(
         *(f"{text}\n\n```python\n{code}\n```" for text, code in examples(network, node, form, file)),
         *(["## How it was trained", _training(training)] if training else []),
         "## Numbers",
-        _numbers(records) if records else "None were recorded of these weights: `python -m neco task=eval` measures.",
+        _numbers(records) if records else NONE.get(training.task if training else "", NONE[""]),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import safetensors
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from neco import pages
@@ -43,7 +43,8 @@ def save_features(features: Tensor, samples: Sequence[Sample], run: Path, name: 
         if not path.stem.endswith("-0"):
             path.unlink()
     about = {"keys": json.dumps([sample.key for sample in samples]), "network": network, "weights": weights}
-    save_file({"features": features.half().contiguous()}, folder / f"features-{name}.safetensors", about)
+    data = serialise({"features": features.half().contiguous()}, about)
+    (folder / f"features-{name}.safetensors").write_bytes(data)  # save_file's would be for the owner only
 
 
 def write(run: Path, records: Sequence[dict[str, Any]], dataset: Dataset, samples: Sequence[Sample]) -> Path:
@@ -51,7 +52,9 @@ def write(run: Path, records: Sequence[dict[str, Any]], dataset: Dataset, sample
     swatches = zip(pages.colours(len(dataset.classes)), dataset.classes, strict=True)
     parts = [f"<p>{' '.join(pages.swatch(*swatch) for swatch in swatches)}</p>"]
     columns = {name: [*_columns(records, name)] for name in dict.fromkeys(r["evaluation"] for r in records)}
-    features = _features(run, [sample.key for sample in samples])
+    order = [*dict.fromkeys(record["network"] for record in records)]
+    features = _features(run, [sample.key for sample in samples], order)
+    parts.append(_numbers(records))
     for number, sample in enumerate(samples):
         parts += [f"<h2>{html.escape(sample.key)}</h2>", pages.figure(image := pictures.thumbnail(sample), "image")]
         parts.append(pages.figure(pictures.truth(dataset, sample).pixels, "ground truth"))
@@ -95,16 +98,30 @@ def _figures(run: Path, columns: Sequence[tuple[str, list[dict[str, Any]]]], key
         yield "</div>"
 
 
-def _features(run: Path, keys: list[str]) -> list[tuple[str, np.ndarray]]:
+def _numbers(records: Sequence[dict[str, Any]]) -> str:
+    """What was measured, with weights and protocols, as a table: of the steps that are shown."""
+    steps = [record["step"] for record in records]
+    head, rows = ["evaluation", "network", "step", "weights", "", "protocol"], []
+    for record in (r for r in records if r["step"] in (min(steps), max(steps))):
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
+        rows.append([record["evaluation"], record["network"], record["step"], record["weights"], metrics])
+        rows[-1].append(record["protocol"])
+    lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    return f"<table><tr>{titles}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _features(run: Path, keys: list[str], order: list[str]) -> list[tuple[str, np.ndarray]]:
     """Titles and features as colours, uint8 (n, h, w, 3), of all networks and steps that were kept for these images."""
     held: dict[str, tuple[str, int, Tensor]] = {}
-    for path in sorted((run / FOLDER).glob("features-*.safetensors")):
+    paths = (run / FOLDER).glob("features-*.safetensors")
+    for path in sorted(paths, key=lambda path: order.index(path.stem.split("-")[1])):
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata()
             if json.loads(about["keys"]) == keys:
                 step = int(path.stem.rpartition("-")[2])
                 held.setdefault(about["weights"], (about["network"], step, file.get_tensor("features").float()))
     last = max((step for _, step, _ in held.values()), default=0)
-    ordered = sorted(held.values(), key=lambda part: part[1])
+    ordered = sorted(held.values(), key=lambda part: (part[1], order.index(part[0])))
     maps = pictures.as_colours([features for _, _, features in ordered]) if ordered else []
     return [(_title(network, step, last), part) for (network, step, _), part in zip(ordered, maps, strict=True)]

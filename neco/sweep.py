@@ -7,14 +7,17 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from neco.results import columns
+from neco.results import columns, write
 
 
 class Summary(Callback):
-    """Prints `summary` when a sweep is done; chosen by `hydra.callbacks`."""
+    """Prints `summary` when several jobs are done, and keeps it as summary.txt in their folder."""
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
-        print(f"\n{summary(Path(config.hydra.sweep.dir))}")
+        folder = Path(config.hydra.sweep.dir)
+        text = summary(folder)
+        write(folder / "summary.txt", f"{text}\n")
+        print(f"\n{text}\n\nwrote  {folder / 'summary.txt'}")
 
 
 def summary(folder: Path) -> str:
@@ -39,7 +42,8 @@ def summary(folder: Path) -> str:
         for network in dict.fromkeys(r["network"] for r in found[run]):
             first, last = (_numbers(found[run], steps[run][place], network) for place in (0, -1))
             if trained:
-                before.append(first)
+                if first not in before:  # of student and teacher, and of runs with one seed, the same
+                    before.append(first)
                 last = {metric: value - first[metric] for metric, value in last.items() if metric in first}
             lines.setdefault((name, network), []).append(last)
     metrics = list(dict.fromkeys(metric for values in lines.values() for each in values for metric in each))

@@ -29,13 +29,13 @@ def run(folder, name, overrides, *numbers):
 
 def test_summary_is_mean_and_deviation_over_seeds(tmp_path):
     run(tmp_path, "a0", ["loss=a", "seed=0"], 0.25, 0.9, 0.5)
-    run(tmp_path, "a1", ["loss=a", "seed=1"], 0.25, 0.9, 0.75)
+    run(tmp_path, "a1", ["loss=a", "seed=1"], 0.5, 0.9, 1.0)
     run(tmp_path, "b0", ["loss=b", "seed=0"], 0.25, 0.125)
     run(tmp_path, "b1", ["loss=b", "seed=1"], 0.25)  # has only begun
     lines = [line.split("  ") for line in summary(tmp_path).splitlines()]
     found = {line[0].strip(): line[-1].strip() for line in lines}
     assert found["loss=a"] == "+0.3750 ± 0.1768 (2)" and found["loss=b"] == "-0.1250 (1)"
-    assert found["before"] == "0.2500 ± 0.0000 (3)" and "retrieval/miou" in found["runs"]
+    assert found["before"] == "0.3750 ± 0.1768 (2)" and "retrieval/miou" in found["runs"]
 
 
 def test_summary_of_runs_with_one_step_is_their_number(tmp_path):
@@ -57,7 +57,8 @@ def test_a_sweep_is_its_runs_and_a_table(inside, tmp_path):
     assert losses(tmp_path / "out/neco-3") != losses(tmp_path / "out/cosine-3")
     table = said[said.index("runs  ") :].splitlines()[:7]
     assert [line.split()[0] for line in table[2:]] == ["before", *["loss=cosine"] * 2, *["loss=neco"] * 2]
-    assert all(line.endswith("(1)") for line in table[3:])
+    assert all(line.endswith("(1)") for line in table[2:])
+    assert (tmp_path / "out/summary.txt").read_text().splitlines() == said[said.index("runs  ") :].splitlines()[:7]
 
 
 SWEPT = {  # where the values are too large for here

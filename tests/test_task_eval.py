@@ -50,10 +50,10 @@ def test_student_and_teacher_of_a_run(train, evaluate):
 def test_a_file_that_needs_pickle_is_read_when_trusted(train, evaluate, tmp_path):
     backbone, path = load_backbone("tiny", weights="none"), tmp_path / "old.ckpt"
     torch.save({"model": backbone.net.state_dict(), "callbacks": {NecoError: 1}}, path)
-    trusting = f"checkpoint={path}", "weights=auto", "trust_pickle=true"
+    trusting = f"checkpoint={path}", "model=tiny", "weights=auto", "trust_pickle=true"
     for run in (train, evaluate):
         with pytest.raises(NecoError, match=r"needs pickle.*neco\.errors\.NecoError.*trust_pickle=true"):
-            run(*trusting[:2], folder="refused")
+            run(*trusting[:3], folder="refused")
     (record,) = evaluate(*trusting, evals=["retrieval"])
     assert record["weights"] == weights_hash(backbone)
     assert weights_hash(load_backbone(str(path), model="tiny", trust_pickle=True)) == record["weights"]

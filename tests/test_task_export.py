@@ -289,7 +289,7 @@ def test_a_finetuned_backbone(finetune, inside, tmp_path):
     status, said = inside("task=export", f"checkpoint={finetune('finetune.steps=1')}", "run_dir=out")
     text = (tmp_path / "out/README.md").read_text()
     assert status == 0 and "Fine-tuned for segmentation, end to end with a decoder, which is not here, on" in text, said
-    assert "| `finetune.steps` | `1` |" in text
+    assert "| `finetune.steps` | `1` |" in text and "backbone and decoder together" in text
 
 
 def test_numbers_of_other_runs(inside, tmp_path):

@@ -5,24 +5,22 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from neco import published
-from neco.task.report import identity, table
+from neco.task.report import table
 
 
-def made(run: Path, task: str, model: str, records: list[dict], **config) -> Path:
+def made(run: Path, model: str, state: str, *records: dict) -> Path:
     """A run folder with these results."""
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(yaml.safe_dump({"task": task, "dataset": {"fraction": 1.0}, **config}))
-    (run / "environment.json").write_text(json.dumps({"choices": {"model": model}}))
-    common = {"dataset": "voc", "protocol": "a protocol", "weights": "w", "asked": "x"}
+    common = {"dataset": "voc", "protocol": "x/standard/448", "weights": "w", "asked": "x", "fraction": 1.0}
+    common |= {"model": model, "state": state}
     (run / "results.json").write_text(json.dumps([{**common, **record} for record in records]))
     return run
 
 
-def record(evaluation: str, network: str, step: int = 0, weights: str = "w", **metrics: float) -> dict:
-    return {"evaluation": evaluation, "network": network, "step": step, "weights": weights, "metrics": metrics}
+def record(evaluation: str, network: str, metrics: dict[str, float | None], step: int = 0, **more) -> dict:
+    return {"evaluation": evaluation, "network": network, "step": step, "metrics": metrics, **more}
 
 
 def beside(run: Path) -> dict[tuple[str, str, str], list[tuple[str, str]]]:
@@ -35,60 +33,72 @@ def beside(run: Path) -> dict[tuple[str, str, str], list[tuple[str, str]]]:
 
 def test_a_training_is_compared_before_and_after(tmp_path: Path) -> None:
     records = [
-        record("retrieval", network, step, str(step) + network * (step > 0), miou_k30=0.74 + step / 1e4)
-        for step in (0, 300, 600)
-        for network in ("student", "teacher")
+        record("retrieval", n, {"miou_k30": 0.74 + step / 1e4}, step, weights=str(step) + n * (step > 0), state=state)
+        for step, state in ((0, "before"), (300, "after"), (600, "after"))
+        for n in ("student", "teacher")
     ]
-    run = made(tmp_path / "run", "train", "dinov2r_vits14", records)
-    found = beside(run)
+    found = beside(made(tmp_path / "run", "dinov2r_vits14", "", *records))
     assert found.keys() == {(weights, "retrieval", "miou_k30") for weights in ("before", "student", "teacher")}
-    assert found["before", "retrieval", "miou_k30"] == [("75.0 (NeCo)", "-1.0"), ("79.4 (DIP)", "-5.4")]
-    assert found["teacher", "retrieval", "miou_k30"] == [("80.7 (NeCo)", "-0.7"), ("81.0 (DIP)", "-1.0")]
+    assert found["before", "retrieval", "miou_k30"] == [("75.0 (NeCo)", "-1.0*"), ("79.4 (DIP)", "-5.4*")]
+    assert found["teacher", "retrieval", "miou_k30"] == [("80.7 (NeCo)", "-0.7*"), ("81.0 (DIP)", "-1.0*")]
 
 
-def test_an_evaluation_is_what_its_checkpoint_is(tmp_path: Path) -> None:
-    trained = made(tmp_path / "trained", "train", "dinov2r_xr_vitb14", [])
-    numbers = [record("linear", "teacher", miou=0.8), record("linear", "compared", weights="v", miou=0.7)]
-    numbers = [{**number, "checkpoint": str(trained / "checkpoints" / "best.ckpt")} for number in numbers]
-    run = made(tmp_path / "eval", "eval", "tiny", numbers)
-    checkpoint = str(trained / "checkpoints" / "best.ckpt")
-    assert identity(run, {"checkpoint": checkpoint}) == ("dinov2r_xr_vitb14", "after")
-    assert identity(run, {"checkpoint": str(run / "x.pth"), "model": "tiny"}) == ("tiny", "after"), "in its own folder"
-    assert beside(run)["teacher", "linear", "miou"] == [("83.3 (NeCo)", "-3.3")]
-    assert beside(run)["before", "linear", "miou"] == [("", "")], "nothing is published of it"
-    plain = made(tmp_path / "plain", "eval", "dino_vits16", [record("overcluster", "teacher", miou_k300=0.139)])
-    assert identity(plain, {"checkpoint": None}) == ("dino_vits16", "before")
-    assert beside(plain)["teacher", "overcluster", "miou_k300"] == [("13.9 (NeCo)", "+0.0")]
+def test_only_what_is_published_has_a_number(tmp_path: Path) -> None:
+    same = [record("linear", "teacher", {"miou": 0.8}, state=state) for state in ("after", "before", "")]
+    found = [beside(made(tmp_path / str(i), "dinov2r_xr_vitb14", "", one)) for i, one in enumerate(same)]
+    assert [rows["teacher", "linear", "miou"] for rows in found] == [[("83.3 (NeCo)", "-3.3*")], [("", "")], [("", "")]]
+    numbers = {"miou_k300": 0.139}
+    published = record("overcluster", "backbone", numbers, protocol="overcluster/reference/448", state="before")
+    plain = made(tmp_path / "plain", "dino_vits16", "", published, record("overcluster", "compared", numbers))
+    assert beside(plain)["backbone", "overcluster", "miou_k300"] == [("13.9 (NeCo)", "+0.0")], "the same protocol"
+    assert beside(plain)["compared", "overcluster", "miou_k300"] == [("", "")]
 
 
 def test_parts_of_the_labels_and_presets_find_their_own_numbers(tmp_path: Path) -> None:
-    numbers = [record("retrieval", "teacher", miou_k30=0.5, miou_k10=0.5)]
-    eighth = made(tmp_path / "a", "eval", "dinov2r_vits14", [{**number, "fraction": 1 / 8} for number in numbers])
-    assert beside(eighth)["teacher", "retrieval", "miou_k30"] == [("68.2 (NeCo)", "-18.2"), ("75.2 (DIP)", "-25.2")]
-    assert beside(eighth)["teacher", "retrieval", "miou_k10"] == [("", "")]
-    preset = made(tmp_path / "b", "eval", "dinov2r_vits14", [record("unsupervised_vits", "teacher", miou=0.3)])
-    assert beside(preset)["teacher", "unsupervised", "miou"] == [("35.1 (NeCo)", "-5.1")]
+    number = record("retrieval", "backbone", {"miou_k30": 0.5, "miou_k10": 0.5}, fraction=1 / 8)
+    eighth = made(tmp_path / "a", "dinov2r_vits14", "before", number)
+    assert beside(eighth)["backbone", "retrieval", "miou_k30"] == [("68.2 (NeCo)", "-18.2*"), ("75.2 (DIP)", "-25.2*")]
+    assert beside(eighth)["backbone", "retrieval", "miou_k10"] == [("", "")]
+    assert next(table(eighth))[3] == "voc x 1/8"
+    preset = made(tmp_path / "b", "dinov2r_vits14", "before", record("unsupervised_vits", "backbone", {"miou": 0.3}))
+    assert beside(preset)["backbone", "unsupervised", "miou"] == [("35.1 (NeCo)", "-5.1*")]
 
 
 def test_the_table_is_printed_and_written(inside, tmp_path: Path) -> None:
-    made(tmp_path / "runs/eval/a", "eval", "ibot_vits16", [record("linear", "teacher", miou=0.7)])
+    made(tmp_path / "runs/eval/many/3", "ibot_vits16", "before", record("linear", "backbone", {"miou": 0.7}))
     (tmp_path / "runs/eval/empty").mkdir()
     (tmp_path / "weights").mkdir()  # a folder of the name of a key is no group of options
-    code, text = inside("task=report", "runs=[runs/*/*]", "weights=teacher", "run_dir=report")
-    assert code == 0 and "66.1 (NeCo)" in text and "+3.9" in text, text
+    code, text = inside("task=report", "runs=[runs/eval/*]", "weights=teacher", "run_dir=report")
+    assert code == 0 and "66.1 (NeCo)" in text and "+3.9*" in text, text
     head, row = csv.reader((tmp_path / "report/report.csv").open())
     assert dict(zip(head, row, strict=True))["published"] == "66.1 (NeCo)"
     assert (tmp_path / "report/report.md").read_text().count("\n") == 3
     code, text = inside("task=report", "runs=[nowhere/*]")
-    assert code == 2 and "runs=[nowhere/*]: 0 folders fit nowhere/*" in text
-    made(tmp_path / "runs/eval/b", "eval", "ibot_vits16", [record("linear", "teacher", miou=None)])
-    (tmp_path / "runs/eval/a/environment.json").write_text("{")
+    assert code == 2 and "runs=[nowhere/*]: 0 folders fit" in text
+    made(tmp_path / "runs/eval/b", "ibot_vits16", "", record("linear", "teacher", {"miou": None}))
+    (tmp_path / "runs/eval/many/3/results.json").write_text("{")
     code, text = inside("task=report", "runs=[runs/eval/*]")
-    assert code == 2 and "runs/eval/a is no whole run folder" in text and "linear/miou is None, no number" in text
-    for broken in ("", "text", "run: 1"):
-        (tmp_path / "runs/eval/b/config.yaml").write_text(broken)
-        code, text = inside("task=report", "runs=[runs/eval/b]")
-        assert code == 2 and "runs/eval/b is no whole run folder" in text
+    assert code == 2 and "results.json is damaged" in text and "linear/miou is None, no number" in text
+
+
+def test_records_say_where_weights_are_from(train, neco, tmp_path: Path) -> None:
+    def states(run: Path) -> dict[tuple[int, str], str]:
+        return {(r["step"], r["network"]): r["state"] for r in json.loads((run / "results.json").read_text())}
+
+    light = ["eval=[retrieval]", "eval.retrieval.k=3", "dataset.val=5"]
+    here = ["task=eval", "dataset=shapes", "dataset.train=8", *light]
+    run = train(*light, "weights=auto", "optim.lr=1e-4", "train.steps=2", folder="own")
+    steps = [(step, network) for step in (0, 2) for network in ("student", "teacher")]
+    assert states(run) == dict(zip(steps, ["before", "before", "after", "after"], strict=True))
+    assert {*states(train(*light, folder="random")).values()} == {""}, "weights=none"
+    neco(*here, f"checkpoint={run}", "compare=own", f"run_dir={tmp_path / 'a'}", ok=True)
+    assert states(tmp_path / "a") == {(0, "compared"): "before", (0, "teacher"): "after"}
+    sources = {r["network"]: r["checkpoint"] for r in json.loads((tmp_path / "a/results.json").read_text())}
+    assert sources == {"compared": None, "teacher": str(run / "checkpoints/last.ckpt")}
+    neco(*here, f"checkpoint={tmp_path / 'random'}", f"run_dir={tmp_path / 'b'}", ok=True)
+    assert {*states(tmp_path / "b").values()} == {""}
+    neco(*here, "model.pos_interp=timm", f"run_dir={tmp_path / 'c'}", ok=True)
+    assert {*states(tmp_path / "c").values()} == {""}, "a changed network"
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,11 @@ def labelled(dataset: Dataset, split: str, drop_last: int = 0) -> list[Sample]:
     return kept
 
 
+def part_of_train(dataset: Dataset) -> list[str]:
+    """What protocols of evaluations that use train say of a choice from it."""
+    return [f"train={len(dataset.samples('train'))}"] if dataset.chooses else []
+
+
 def background_of(dataset: Dataset) -> int:
     """The class that is no foreground. Raises NecoError where the data set has none."""
     if dataset.background is None:

@@ -216,5 +216,3 @@ def score(
                         predicted = head(part, size).argmax(1)
                     matrices[key, size] += metrics.confusion(predicted, target, classes, classes).cpu()
     return {key: devices.total(matrix) for key, matrix in matrices.items()}
-
-

@@ -26,6 +26,7 @@ from neco.eval.base import (
     generator,
     input_size,
     labelled,
+    part_of_train,
     size_name,
 )
 from neco.eval.heads import GRID, Batches, Head, Kind, cross_entropy, load_head, new_head, score
@@ -38,6 +39,7 @@ from neco.values import NonNegative, Positive, PositiveFloat, Size
 log = logging.getLogger(__name__)
 SIZE, LR = 448, 0.01  # published
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # published
+FEW, MORE = 200, 16  # steps that may leave a head unfinished (published on VOC: 2,075), images a step that help
 HOLDOUT = 0.1  # of train, where it chooses
 
 
@@ -174,6 +176,8 @@ class Linear:
         size, train, holdout, val, _ = self.plan(backbone.patch, dataset)
         device, read = extract.place(backbone), partial(extract.stream, backbone, dataset, size=size)
         own = self._pixels(size)
+        if (steps := self.epochs * -(-len(train) // self.batch_size)) < FEW:
+            log.warning("%d images make %d steps of SGD: too few? batch_size=%d makes more", len(train), steps, MORE)
         batches = Batches(
             backbone, dataset, train, size, extract=extract, seed=seed,
             batch_size=self.batch_size, draws=self.draws, shuffled=self.shuffled,
@@ -189,7 +193,8 @@ class Linear:
             held_out = {lr: self._miou(matrix) for (lr, _), matrix in score(last, stream, [own], device).items()}
             chosen = max(held_out, key=lambda lr: held_out[lr])
         names = {"miou": chosen} | ({f"miou_lr{lr:g}": lr for lr in self.lrs} if len(self.lrs) > 1 else {})
-        protocol, head = self._protocol(size, own), heads[best[chosen]]
+        protocol = "/".join([self._protocol(size, own), *part_of_train(dataset)])
+        head = heads[best[chosen]]
         about = {
             "protocol": protocol,
             "kind": self.head_kind,

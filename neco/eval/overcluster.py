@@ -31,7 +31,7 @@ from neco.eval.base import (
 )
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import Engine, check_engine
-from neco.eval.pictures import Picture, labels_over, predictions, shown
+from neco.eval.pictures import Picture, groups_over, predictions, shown
 from neco.progress import track
 from neco.values import NonNegative, Positive, Size
 
@@ -181,7 +181,7 @@ class Overcluster:
             return []
         rows, some = zip(*shown([*enumerate(samples)], show), strict=True)
         clusters = clusters[[*rows]].long()
-        drawn = [labels_over(sample, part, k, f"{k} clusters") for sample, part in zip(some, clusters, strict=True)]
+        drawn = [groups_over(dataset, *pair, k, f"{k} clusters") for pair in zip(some, clusters, strict=True)]
         return drawn + predictions(dataset, some, mapping[clusters], matrix, f", k={k}")
 
     def _cluster(self, points: np.ndarray, k: int, seed: int, device: torch.device) -> np.ndarray:

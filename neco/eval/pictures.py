@@ -55,10 +55,18 @@ def stretched(values: np.ndarray, image: np.ndarray, how: Image.Resampling = Ima
     return np.asarray(Image.fromarray(values).resize(image.shape[1::-1], how))
 
 
-def labels_over(sample: Sample, labels: Tensor | np.ndarray, count: int, kind: str, caption: str = "") -> Picture:
-    """Labels (h, w) in 0..count-1 over the image; those beyond (to ignore) are dark."""
+def labels_over(
+    sample: Sample, labels: Tensor | np.ndarray, count: int, kind: str, caption: str = "", first: int = 0
+) -> Picture:
+    """Labels (h, w) in 0..count-1 over the image, in the colours from number `first`; those beyond are dark."""
     image, labels = thumbnail(sample), np.asarray(labels).astype(np.int32)
-    return Picture(kind, overlay(image, stretched(labels, image), colours(count)), sample.key, caption)
+    painted = overlay(image, stretched(labels, image), colours(first + count)[first:])
+    return Picture(kind, painted, sample.key, caption)
+
+
+def groups_over(dataset: Dataset, sample: Sample, labels: Tensor | np.ndarray, count: int, kind: str) -> Picture:
+    """Groups (h, w) in 0..count-1 that are no classes, in colours that no class has."""
+    return labels_over(sample, labels, count, kind, "colours are arbitrary", len(dataset.classes))
 
 
 def predictions(

@@ -31,6 +31,7 @@ from neco.eval.base import (
     generator,
     input_size,
     labelled,
+    part_of_train,
     size_name,
     token_grid,
 )
@@ -239,7 +240,7 @@ class Retrieval:
         for k in self.ks:
             drawn += predictions(dataset, some, seen[k], matrices[k], f", k={k}")
         return Result(
-            self._protocol(size),
+            "/".join([self._protocol(size), *part_of_train(dataset)]),
             {f"miou_k{k}": metrics.miou(matrix, self.compat) for k, matrix in matrices.items()},
             {
                 f"miou_k{k}": {

@@ -35,6 +35,7 @@ from neco.eval.base import (
     generator,
     input_size,
     labelled,
+    part_of_train,
     resize_nearest,
     size_name,
     token_grid,
@@ -50,7 +51,7 @@ from neco.eval.communities import (
 )
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import Engine, check_engine
-from neco.eval.pictures import Picture, labels_over, predictions, shown
+from neco.eval.pictures import Picture, groups_over, predictions, shown
 from neco.model.backbone import Attention
 from neco.model.mask import foreground
 from neco.progress import track
@@ -245,19 +246,21 @@ class Unsupervised:
             least = max(self.precisions, key=lambda p: _foreground_iou(matrices["train"], precision >= p, background))
         kept = (precision >= least).numpy()[clusters]
 
-        def matched(found: Found, split: str) -> list[Tensor]:
-            matrix = score(found.maps, found.nodes, split)
-            return [_matched(matrix, partition, background) for partition in found.partitions]
-
         def worth(found: Found) -> tuple[float, float]:
             if "train" in targets:
-                return fmean(metrics.miou(matrix, self.compat) for matrix in matched(found, "train")), 0.0
+                nodes = score(found.maps, found.nodes, "train")
+                matched = (_matched(nodes, partition, background) for partition in found.partitions)
+                return fmean(metrics.miou(matrix, self.compat) for matrix in matched), 0.0
             off = fmean(abs(partition.count - self._preferred(classes)) for partition in found.partitions)
             return -off, fmean(partition.modularity for partition in found.partitions)
 
         tries = track([*self._tries(seed)], "communities")
         best = max((self._communities(points, kept, given, classes, seed, device) for given in tries), key=worth)
-        final = matched(best, "val")
+        nodes = score(best.maps, best.nodes, "val")
+        final = [_matched(nodes, partition, background) for partition in best.partitions]
+        if not any(partition.count for partition in best.partitions):
+            why = "no two clusters are connected, so there are no communities"
+            log.warning("%s: lower threshold=%g", why, self.given.threshold)
         mious = [metrics.miou(matrix, self.compat) for matrix in final]
 
         few = min(classes - 1, self._patches(kept))
@@ -265,7 +268,7 @@ class Unsupervised:
         plain = metrics.remap(plain, metrics.match_one_to_one(plain, background))
         iou = torch.stack([metrics.class_iou(matrix) for matrix in final]).nanmean(0)
         return Result(
-            self._protocol(size, classes),
+            "/".join([self._protocol(size, classes), *part_of_train(dataset)]),
             {
                 "miou": fmean(mious),
                 "foreground_iou": _foreground_iou(matrices["val"], precision >= least, background),
@@ -284,9 +287,7 @@ class Unsupervised:
                 "foreground_iou": {"precision": least, "clusters": int((precision >= least).sum())},
                 f"miou_k{classes - 1}": {"iou": metrics.by_class(metrics.class_iou(plain), dataset.classes)},
             },
-            pictures=self._draw(
-                dataset, val, own, in_val, kept, best, score(best.maps, best.nodes, "val"), background, show
-            ),
+            pictures=self._draw(dataset, val, own, in_val, kept, best, nodes, background, show),
         )
 
     def _draw(
@@ -308,8 +309,8 @@ class Unsupervised:
         labels = metrics.match_one_to_one(joined, background)[parts]
         drawn = []
         for sample, front, part in zip(some, kept[rows], parts, strict=True):
-            drawn.append(labels_over(sample, np.where(front, 1, IGNORE), 2, "foreground"))
-            drawn.append(labels_over(sample, part, len(joined), "communities"))
+            drawn.append(groups_over(dataset, sample, np.where(front, 0, IGNORE), 1, "foreground"))
+            drawn.append(groups_over(dataset, sample, part, len(joined), "communities"))
         drawn += predictions(dataset, some, labels, _matched(matrix, found.partitions[0], background))
         everything = [picture for part in devices.merge(drawn) for picture in part]
         return [*{(picture.kind, picture.key): picture for picture in everything}.values()]

@@ -318,7 +318,7 @@ class _Sorter:
         self, network: Network, relaxation: Relaxation, steepness: Sequence[float], n: int, rows: int, like: Tensor
     ) -> None:
         self.relaxation = relaxation
-        self.steepness = like.new_tensor(steepness).repeat_interleave(rows)
+        self.steepness = torch.cat([like.new_full((rows,), value) for value in steepness])
         plan = comparators(network, n)
         margin = max(0, *(max(-b.item, b.item + (b.blocks - 1) * b.item_step + b.items - n) for b in plan))
         total, stored = sum(b.size for b in plan), sum(b.size * b.items for b in plan)

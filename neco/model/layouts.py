@@ -19,8 +19,6 @@ ANY = r"(?:(?:state_dict|model|module|backbone|net|visual|trunk|vit|dinov\d\w*|v
 BOTH = {role: rf"{ANY}{role}\.{ANY}" for role in ("teacher", "student")}
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class Format:
     """A layout: `sign`, found in a key of the file, gives it away.
@@ -215,5 +213,3 @@ def _hint(backbone: Backbone, state: Mapping[str, Tensor]) -> str:
         side = _side(pos.shape[1]) or _side(pos.shape[1] - 1)
         return f"\nthe file's positions are for model.size={side * backbone.patch} (inputs may have any size)"
     return ""
-
-

@@ -45,12 +45,8 @@ HARMLESS = (
 )
 
 
-
-
 class Damaged(NecoError):
     """A file that cannot be read as weights."""
-
-
 
 
 def locate(source: str, name: str) -> Path:
@@ -140,8 +136,6 @@ def _harmless() -> list[Any]:
         with contextlib.suppress(ImportError, AttributeError):  # not installed, or not in this version
             known.append((getattr(importlib.import_module(module), attribute), name))
     return known
-
-
 
 
 def _flatten(tree: Any, path: str = "", depth: int = 0) -> dict[str, Tensor]:

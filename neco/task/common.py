@@ -2,36 +2,26 @@
 
 import contextlib
 import fcntl
-import hashlib
 import logging
 import os
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import timm
 import torch
-from torch import nn
 
-from neco import devices, gallery
+from neco import devices
 from neco.config import Settings, build, call
-from neco.dataset.base import Dataset, Sample
-from neco.dataset.files import stamp
+from neco.dataset.base import Dataset
 from neco.dataset.inspect import inspect
 from neco.errors import NecoError
-from neco.eval.base import Result, input_size, size_name
-from neco.eval.pictures import shown
+from neco.eval.base import size_name
 from neco.model import last_checkpoint, trained_model
 from neco.model.backbone import Attention, Backbone
-from neco.model.weights import Which, locate, weights_hash
-from neco.results import Results
+from neco.model.weights import Which, locate
 from neco.schema import Trainings
-from neco.training import memory
-from neco.values import share
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +55,13 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path, task: str) -> Iterator[None]:
-    """Hold the run folder; a second process that wants it, or another task than it holds, gets a NecoError."""
+    """Hold the run folder; another command that wants it, or another task than it holds, gets a NecoError.
+
+    Of several processes of one command the first holds it for all.
+    """
+    if not devices.leader():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yaml"
     if config.is_file() and f"task: {task}\n" not in (text := config.read_text(errors="replace")):
@@ -97,9 +93,15 @@ def source_of_weights(settings: Settings) -> tuple[str | None, Which]:
 
 
 def model_of(settings: Settings, source: str | None) -> dict[str, Any]:
-    """The `model` node: that which `source` was made with, where it says so and the command line chooses none."""
-    held = None if settings.chosen("model") else trained_model(source, settings.run.trust_pickle)
-    return held or settings.config["model"]
+    """The `model` node: of the command line, or that with which `source` was made.
+
+    Raises NecoError for a file that does not say it where nothing was chosen.
+    """
+    if any(settings.chosen(group) for group in ("model", "experiment", "sweep")) or source in (None, "none"):
+        return settings.config["model"]
+    if held := trained_model(source, settings.run.trust_pickle):
+        return held
+    raise NecoError(f"checkpoint={source} does not say which network it is: add model=NAME (--help lists them)")
 
 
 def outline(model: Mapping[str, Any] | None) -> Any:
@@ -123,114 +125,3 @@ def check_evaluations(settings: Settings, dataset: Dataset, network: Backbone) -
             for why in inspect(dataset, split, looks=8, seconds=2).bad.values():
                 raise NecoError(f"{split} of the data set to evaluate on: {why}")
     return ", ".join(f"{name} ({size_name(size)} pixels)" for name, size in sizes.items())
-
-
-def measure(
-    settings: Settings,
-    store: Results,
-    networks: Mapping[str, nn.Module],
-    dataset: Any,
-    dataset_name: str,
-    device: torch.device,
-    step: int = 0,
-    epoch: float = 0.0,
-    loggers: Iterable[Any] = (),
-    evaluations: Mapping[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """Run evaluations (None: the selected ones) on each network, record them with all that the numbers depend on.
-
-    Networks with equal weights are measured once. What is recorded already, at this step, with these weights, images
-    and values of all keys, is kept. What an evaluation trains is written to `heads/`, named by the record as `saved`.
-    Leaves modes and random state as they were. Returns the records.
-    """
-    evaluations = settings.build_all("eval") if evaluations is None else evaluations
-    node = settings.config["val_dataset" if settings.config.get("val_dataset") else "dataset"]
-    node = {key: value for key, value in node.items() if key not in ("root", "masks", "index", "weight", "max_bad")}
-    first: Any = next(iter(networks.values()))  # the others differ in their weights alone
-    asked = {}
-    for name, evaluation in evaluations.items():
-        plan = evaluation.plan(patch=first.patch, dataset=dataset)
-        plan = [[*map(_state, part)] if isinstance(part, list) else part for part in plan]
-        depends = settings.config["eval"].get(name), node, plan, settings.run.seed, getattr(first, "spec", None)
-        asked[name] = hashlib.sha256(repr(depends).encode()).hexdigest()[:12]
-    show, run = settings.run.show, store.path.parent
-    some = shown(sorted(dataset.samples("val"), key=lambda sample: sample.key), show)
-    found = []
-    done: dict[tuple[str, str], dict[str, Any]] = {}
-    with torch.random.fork_rng():
-        for network, backbone in networks.items():
-            digest = weights_hash(backbone)
-            for name, evaluation in evaluations.items():
-                key = {"evaluation": name, "weights": digest, "asked": asked[name]}
-                record: Any = done.get((digest, name)) or store.find(step=step, network=network, **key)
-                if record is None or (show and record.get("show") != show) or _lost(record, run, show):
-                    log.info("evaluating: %s of the %s on %s", name, network, dataset_name)
-                    result, cost = _run(evaluation, backbone, dataset, settings, device)
-                    folder = f"{name}-{network}-{step}-{asked[name]}-{digest}"
-                    record = {"protocol": result.protocol, "metrics": result.metrics, "details": result.details, **cost}
-                    if result.tensors:
-                        record["saved"] = f"heads/{folder}.safetensors"
-                        if store.writes:
-                            save(result, store.path.with_name("heads") / Path(record["saved"]).name)
-                    if show:
-                        record["show"] = show
-                        record["pictures"] = gallery.save(result.pictures, run, folder) if store.writes else []
-                    place = {"dataset": dataset_name, "split": "val", "step": step, "epoch": epoch}
-                    record = {**key, **place, **_origin(settings, node), **record}
-                    numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in record["metrics"].items())
-                    log.info("%s of the %s: %s", name, network, numbers)
-                done[digest, name] = record
-                found.append({**record, "network": network})
-                store.add(found[-1])
-                for logger in loggers:
-                    metrics = {f"eval/{name}/{network}/{key}": value for key, value in record["metrics"].items()}
-                    logger.log_metrics(metrics, step)
-            if show:
-                extract, size = settings.build("extract", device=device), input_size(None, 448, first.patch, dataset)
-                own: Any = getattr(backbone, "backbone", backbone)  # of a segmenter
-                features = torch.from_numpy(np.array(extract(own, dataset, some, size, what="what is shown")))
-                if store.writes:
-                    gallery.save_features(features, some, run, f"{network}-{step}", digest)
-    if show and store.writes:
-        log.info("pictures    %s", gallery.write(run, store.records, dataset, some))
-    return found
-
-
-def _lost(record: Mapping[str, Any], run: Path, show: int) -> bool:
-    """Whether files that a record speaks of are gone."""
-    files = [record.get("saved"), *(picture["file"] for picture in record.get("pictures", []) if show)]
-    return any(file and not (run / file).is_file() for file in files)
-
-
-def _origin(settings: Settings, dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says of where its numbers are from, beside what they depend on."""
-    model, checkpoint = settings.choices.get("model"), settings.run.checkpoint
-    fraction = share(dataset.get("fraction") or 1.0)
-    return {"seed": settings.run.seed, "model": model, "checkpoint": checkpoint, "fraction": fraction}
-
-
-def _state(item: Any) -> Any:
-    """Of a sample: its key, and of its files what changes when they do, wherever they lie. Anything else is itself."""
-    if not isinstance(item, Sample):
-        return item
-    return item.key, *(stamp(ref)[1:] for ref in (item.image, item.mask) if ref is not None)
-
-
-def _run(
-    evaluation: Any, backbone: nn.Module, dataset: Any, settings: Settings, device: torch.device
-) -> tuple[Result, dict[str, float]]:
-    memory.reset_peak(device)
-    start = time.monotonic()
-    how = {"extract": settings.build("extract", device=device), "seed": settings.run.seed, "show": settings.run.show}
-    result = evaluation(backbone, dataset, **how)
-    seconds, peak = time.monotonic() - start, memory.peak(device) / memory.GB
-    return result, {"seconds": round(seconds, 2), "peak_memory_gb": round(peak, 3)}
-
-
-def save(result: Result, path: Path) -> None:
-    """Write what an evaluation trained, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    safetensors.torch.save_file(dict(result.tensors), temporary, dict(result.about))
-    temporary.replace(path)
-    log.info("trained head  %s", path)

@@ -1,6 +1,5 @@
 """task=eval: run the selected evaluations on a backbone."""
 
-import contextlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,11 @@ from neco.task.common import (
     choose_device,
     device_name,
     locked,
-    measure,
     model_of,
     outline,
     source_of_weights,
 )
+from neco.task.measure import measure, origin
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
     """Evaluate and record; returns the first number of the first evaluation."""
     devices.join()
     leads = devices.leader()
-    with locked(output, "eval") if leads else contextlib.nullcontext():
+    with locked(output, "eval"):
         if leads:
             what = settings.config, settings.overrides, settings.choices
             results.describe(output, *what, device_name(job.device))
@@ -78,13 +77,15 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
         loggers = settings.build_all("logger", folder=output, step=0) if leads else {}
         network = {"only": "backbone"}.get(report.which, report.which)
         name = settings.choices["dataset"]
-        networks = {network: backbone.to(job.device)}
+        networks, origins = {network: backbone.to(job.device)}, {network: origin(settings, job.source)}
         if job.beside:
             other = build(job.model, "model")
             beside = None if job.beside == "own" else job.beside
-            log.info("compared    %s", weights.load(other, beside, trust_pickle=trust))
+            told = call(weights.load, "compare", backbone=other, source=beside, trust_pickle=trust)
+            log.info("compared    %s", told)
             networks = {"compared": other.to(job.device), **networks}
-        found = measure(settings, store, networks, job.dataset, name, job.device, loggers=loggers.values())
+            origins["compared"] = origin(settings, beside, of=(origins[network]["model"], job.model))
+        found = measure(settings, store, networks, origins, job.dataset, name, job.device, loggers=loggers.values())
         for logger in loggers.values():
             logger.finalize("success")
         log.info("\n%s\n\nwrote  %s", results.table(found), store.path)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from neco import devices
 from neco.augment.joint import JointCrop
 from neco.config import Settings, call
 from neco.dataset.base import IGNORE, Dataset, Sample
@@ -22,7 +21,6 @@ from neco.task.common import (
     choose_device,
     device_name,
     locked,
-    measure,
     model_of,
     outline,
     source_of_weights,
@@ -115,8 +113,6 @@ def _crop(options: Finetune, patch: int, dataset: Dataset) -> int:
 
 def main(settings: Settings, job: Job, output: Path) -> float | None:
     """Fine-tune, or go on with the run found in `output`; returns the best mIoU on val."""
-    if not devices.leader():
-        return _finetune(settings, job, output)
     with locked(output, "finetune"):
         return _finetune(settings, job, output)
 
@@ -133,10 +129,7 @@ def _finetune(settings: Settings, job: Job, output: Path) -> float | None:
     )
 
     def evaluate(trained: FineTuning, step: int) -> None:
-        measure(
-            settings, run.store, {"segmenter": trained.segmenter}, job.dataset, name, job.device, step,
-            round(job.plan.epoch(step), 4), run.loggers.values(), {"segmentation": job.windows},
-        )  # fmt: skip
+        run.measure({"segmenter": trained.segmenter}, job.dataset, name, step, {"segmentation": job.windows})
 
     plan, network, decoder = job.plan, job.network, module.segmenter.decoder
     marks = sorted({*plan.marks(options.eval_epochs), plan.steps})

@@ -19,6 +19,7 @@ from neco.errors import NecoError
 from neco.model import sources, weights
 from neco.schema import Trainings
 from neco.task.common import device_name, source_of_weights
+from neco.task.measure import measure, origin
 from neco.training import data, strategies
 from neco.training.bad import BadImages
 from neco.training.base import Module
@@ -89,7 +90,11 @@ class Run:
         self.options = options = plan.options
         names = "\n".join(sample.key for sample in samples)
         listing = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:12]  # file names are any bytes
-        self.saved = {"config": settings.config, "files": listing, "classes": list(classes)}
+        self.source = source_of_weights(settings)
+        begun = origin(settings, self.source[0], trained=True)
+        said = begun["model"], begun["state"] if options.node == "train" else ""
+        self.saved: dict[str, Any] = {"config": settings.config, "files": listing, "classes": list(classes)}
+        self.saved["origin"] = said
         self.checkpoints = Checkpoints(output / "checkpoints")
         self.resume = find(options, self.checkpoints.last, self.saved)
         self.done = sources.contents(self.resume)["global_step"] if self.resume else 0
@@ -113,7 +118,24 @@ class Run:
         if self.resume:
             return f"step {self.done} of {self.resume}"
         trust = self.settings.run.trust_pickle
-        return str(weights.load(backbone, *source_of_weights(self.settings), trust_pickle=trust))
+        return str(weights.load(backbone, *self.source, trust_pickle=trust))
+
+    def measure(
+        self,
+        networks: Mapping[str, nn.Module],
+        dataset: Dataset,
+        name: str,
+        step: int,
+        evaluations: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Evaluate the networks as they are after `step`, and record it."""
+        about = origin(self.settings, self.source[0])
+        if step:
+            about = {**about, "state": self.saved["origin"][1], "checkpoint": None}
+        measure(
+            self.settings, self.store, networks, dict.fromkeys(networks, about), dataset, name, self.device,
+            step=step, epoch=round(self.plan.epoch(step), 4), loggers=self.loggers.values(), evaluations=evaluations,
+        )  # fmt: skip
 
     def fit(
         self,

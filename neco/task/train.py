@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from neco import devices
 from neco.augment.views import Views, show
 from neco.config import Settings, call, nearest
 from neco.dataset.base import Dataset, Sample
@@ -22,7 +21,6 @@ from neco.task.common import (
     choose_device,
     device_name,
     locked,
-    measure,
     outline,
     source_of_weights,
 )
@@ -142,8 +140,6 @@ def _trained_sizes(views: Views) -> list[list[tuple[int, int]]]:
 
 def main(settings: Settings, job: Job, output: Path) -> float | None:
     """Train, or go on with the run found in `output`; returns the last number of the first evaluation's teacher."""
-    if not devices.leader():
-        return _train(settings, job, output)
     with locked(output, "train"):
         return _train(settings, job, output)
 
@@ -166,11 +162,9 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
             if trained.teacher and options.teacher == "ema":  # else its backbone never moves
                 networks["teacher"] = trained.teacher.backbone
             whole = {k: strategies.plain(network, lambda: settings.build("model")) for k, network in networks.items()}
-            epoch = round(job.plan.epoch(step), 4)
-            loggers = run.loggers.values()
             # Images of evaluations have other sizes, each of which would be compiled
             with torch.compiler.set_stance("force_eager") if job.compiled else contextlib.nullcontext():
-                measure(settings, run.store, whole, job.val, job.val_name, job.device, step, epoch, loggers)
+                run.measure(whole, job.val, job.val_name, step)
 
     _announce(settings, job, module, start, output)
     views = data.MultiView(job.samples, job.views, settings.run.seed, plain=job.views.batched(job.device))

@@ -1,5 +1,6 @@
 """What every training is to the loop around it: named groups, numbers of a step, a stop at what is not finite."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from neco.model.backbone import Backbone
 from neco.training import optim, strategies
 
 
-class Module(pl.LightningModule):
+class Module(pl.LightningModule, ABC):
     """A training step whose randomness is a function of (seed, number of the batch), and its optimiser.
 
     Subclasses set `parts` and call `account` in each `training_step`. `shown` are the metrics for the terminal.
@@ -34,9 +35,9 @@ class Module(pl.LightningModule):
         self.step_metrics: dict[str, Tensor | float] = {}
         self.saved: dict[str, Any] = {}  # the run's own part of its checkpoints
 
+    @abstractmethod
     def parts(self) -> tuple[Backbone, nn.Module, nn.Module]:
         """What trains at the backbone's rates, and two parts that train at the head's."""
-        raise NotImplementedError
 
     def draw(self, index: int) -> None:
         """Fix the random numbers of batch `index`: stochastic depth, dropout. Each process has its own."""

@@ -1,5 +1,6 @@
 """Training input: which image at which position, and what is drawn from it as uint8 tensors."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ class Positions(Sampler[list[Position]]):
             yield list(devices.share(positions))
 
 
-class Drawn(Dataset[dict[str, Any]]):
+class Drawn(Dataset[dict[str, Any]], ABC):
     """What is drawn from the sample at a position: a function of (seed, epoch, index) and the number of the batch.
 
     Where it cannot be read another one takes its place, itself a function of (seed, epoch, index) and the files; the
@@ -104,9 +105,9 @@ class Drawn(Dataset[dict[str, Any]]):
                 return {**item, "bad": bad}
         return {"bad": bad}
 
+    @abstractmethod
     def draw(self, sample: Sample, rng: np.random.Generator, batch: int) -> dict[str, Any]:
         """The item of a sample. Raises NecoError for one that cannot be read."""
-        raise NotImplementedError
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         yield index % len(self.samples)
