@@ -293,15 +293,16 @@ class Extract:
     ) -> np.ndarray:
         """All features of `samples` at a size: float32 (N, h, w, D), memory-mapped where the cache has them."""
         spec, shape = self._spec(backbone, samples, size, STD, draw), (*token_grid(size, backbone.patch), backbone.dim)
-        cached = self.cache.find(spec)
-        if cached is None and spec and self.cache.fits((len(samples), *shape)):  # never all of them in memory
-            for _ in self.stream(backbone, dataset, samples, size, nearest=None, draw=draw, what=what):
-                pass
-            cached = self.cache.find(spec)
-        if cached is not None:
+        if (cached := self.cache.find(spec)) is not None:
             return cached
+        items = _Items(dataset, samples, size, images=True, nearest=None, draw=draw)
+        if spec and self.cache.fits((len(samples), *shape)):  # never all of them in memory
+            for _ in self._compute(spec, backbone, items, STD, what):
+                pass
+            if (cached := self.cache.find(spec)) is not None:
+                return cached
         features = np.empty((len(samples), *shape), np.float32)
-        for rows, part, _ in self.stream(backbone, dataset, samples, size, nearest=None, draw=draw, what=what):
+        for rows, part, _ in self._compute(spec, backbone, items, STD, what):
             features[rows] = part
         return features
 
@@ -340,7 +341,13 @@ class Extract:
             for rows, (_, masks) in parts:
                 yield rows, torch.from_numpy(np.array(cached[rows])), masks
             return
-        with Entry(self.cache, spec, len(samples)) as entry:
+        yield from self._compute(spec, backbone, items, std, what)
+
+    def _compute(
+        self, spec: Spec | None, backbone: PatchFeatures, items: _Items, std: tuple[float, float, float], what: str
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """What `stream` yields, and into the cache with it."""
+        with Entry(self.cache, spec, len(items)) as entry:
             for rows, (images, masks) in self._load(items, f"features of {what}"):
                 features = self.forward(backbone, images, std)
                 entry.write(features.numpy())

@@ -56,7 +56,7 @@ class Cache:
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether float32 features of this shape are within the bound."""
-        return self.folder is not None and math.prod(shape) * 4 <= self.limit
+        return math.prod(shape) * 4 <= self.limit
 
     def trim(self) -> None:
         found = []
