@@ -30,6 +30,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 from neco import config
 from neco.augment import reference
 from neco.augment.views import ViewParams, Views, view_rng
+from neco.model.linear import Linear
 from neco.results import columns
 from neco.training.align import pair_boxes, pair_order
 from neco.training.data import collate
@@ -69,8 +70,11 @@ def build(model: str, size: int, arch: str) -> tuple[PostTraining, Views]:
 class Published:
     """The published step on the same networks."""
 
-    def __init__(self, module: PostTraining, views: Views) -> None:
+    def __init__(self, module: PostTraining, views: Views, fast_linear: bool) -> None:
         self.student, self.views, self.patch = copy.deepcopy(module.student), views, module.student.backbone.patch
+        for layer in self.student.modules():
+            if isinstance(layer, Linear) and not fast_linear:
+                setattr(layer, "__class__", torch.nn.Linear)  # noqa: B010 (mypy)
         self.teacher = copy.deepcopy(self.student).eval()
         self.sorter = DiffSortNet("bitonic", GRID**2, steepness=STEEPNESS, interpolation_type="cauchy")
         self.optimizer = torch.optim.AdamW(self.student.parameters(), 1e-6)
@@ -119,12 +123,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--fast-linear", action="store_true", help="the published step too multiplies by oneDNN")
     parser.add_argument("--small", action="store_true", help="a network of two narrow blocks, to try the script")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     arch = "{embed_dim:24,depth:2,num_heads:2}" if options.small else ""
     module, views = build(options.model, options.size, arch)
-    published, optimizer = Published(module, views), module.configure_optimizers()
+    published, optimizer = Published(module, views, options.fast_linear), module.configure_optimizers()
     files = [photograph(number) for number in range(options.batch)]
 
     def draw(step: int) -> list[ViewParams]:

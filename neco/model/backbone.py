@@ -19,6 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from neco.errors import NecoError
+from neco.model.linear import hasten
 from neco.values import MEAN, STD, Fraction, Positive
 
 Rule = Literal["hub", "timm", "neco"]
@@ -136,6 +137,7 @@ class Backbone(nn.Module):
             raise NecoError(f"model.size={size} is no multiple of the patch of {name}, {self.patch} pixels")
         if registers == "drop":
             self._drop_registers()
+        hasten(self.net)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> patch tokens of the last block after the final norm, (B, h, w, D).

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from neco.model.backbone import Backbone
+from neco.model.linear import hasten
 
 
 class Linear(nn.Module):
@@ -51,6 +52,7 @@ class MaskTransformer(nn.Module):
         nn.init.trunc_normal_(self.classes, std=0.02)
         for side in (self.patch_side, self.class_side):
             nn.init.normal_(side.weight, std=dim**-0.5)
+        hasten(self)
 
     def forward(self, maps: Tensor) -> Tensor:
         batch, h, w, _ = maps.shape

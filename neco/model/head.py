@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neco.model.linear import hasten
 from neco.values import Positive
 
 
@@ -28,7 +29,7 @@ class Head(nn.Module):
         steps: list[nn.Module] = []
         for before, after in pairwise(widths):
             steps += [nn.Linear(before, after), nn.GELU()]
-        self.layers = nn.Sequential(*steps[:-1])
+        self.layers = hasten(nn.Sequential(*steps[:-1]))
         self.out = out
 
     def forward(self, tokens: Tensor) -> Tensor:
