@@ -40,12 +40,8 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## side-by-side speed and memory of the hot paths
-	$(BIN)/python scripts/bench_step.py
-	$(BIN)/python scripts/bench_loss.py
-	$(BIN)/python scripts/bench_views.py
-	$(BIN)/python scripts/bench_eval.py all
-	$(BIN)/python scripts/bench_data.py read
+bench: $(INSTALLED) ## speed and memory of what this machine can do, beside the published way, into benchmarks/
+	$(BIN)/python scripts/bench.py
 
 clean: ## remove what tests and builds left (never runs/ or data/)
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

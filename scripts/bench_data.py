@@ -132,7 +132,8 @@ def wait(folder: Path, options: argparse.Namespace) -> None:
             found = list(csv.DictReader(file))[options.steps // 4 :]  # after the workers have started
         share, speed = (statistics.mean(float(row[key]) for row in found) for key in ("data_wait", "images_per_second"))
         rows.append([str(workers), f"{share:.0%}", f"{speed:.1f}"])
-    print(f"{options.steps} steps of {options.batch} images, tiny backbone, photos.zip\n\n{columns(rows)}")
+    how = " ".join(options.override) or "the tiny backbone"
+    print(f"{options.steps} steps of {options.batch} images from a zip, {how}\n\n{columns(rows)}")
 
 
 def start(folder: Path, options: argparse.Namespace) -> None:
