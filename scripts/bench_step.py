@@ -13,8 +13,10 @@ import copy
 import io
 import itertools
 import os
+import re
 import statistics
 import time
+from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as neco.__main__ does, before torch is imported
 
@@ -39,6 +41,14 @@ from neco.training.references import permutations
 from neco.values import MEAN, STD
 
 GRID, STEEPNESS = 7, 100
+KINDS = {  # of operations, by their names in the profiler
+    "matrix products": r"linear_pointwise|aten::(mm|addmm|bmm|baddbmm|matmul|linear)$|_LinearBackward",
+    "attention": r"scaled_dot_product",
+    "sorting": r"_Sort",
+    "activations and norms": r"gelu|layer_norm",
+    "optimiser, moving average": r"Optimizer|lerp|sqrt|addcdiv|addcmul",
+    "patch embedding": r"convolution",
+}
 
 
 def photograph(number: int, width: int = 640, height: int = 480) -> bytes:
@@ -116,6 +126,19 @@ class Published:
                 ours.data.mul_(0.9995).add_(theirs.data, alpha=0.0005)
 
 
+def profile(step: Callable[[int], None], steps: int = 3) -> str:
+    """Where the time of our step goes, by kinds of operations, without what they call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        for number in range(steps):
+            step(number)
+    spent = dict.fromkeys([*KINDS, "all else"], 0.0)
+    for event in seen.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), "all else")
+        spent[kind] += event.self_cpu_time_total / 1e6 / steps
+    whole = sum(spent.values())
+    return columns([["our step", "s", ""], *([k, f"{s:.3f}", f"{s / whole:.0%}"] for k, s in spent.items())])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dinov2r_vits14")
@@ -124,6 +147,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--fast-linear", action="store_true", help="the published step too multiplies by oneDNN")
+    parser.add_argument("--profile", action="store_true", help="and where the time of our step goes")
     parser.add_argument("--small", action="store_true", help="a network of two narrow blocks, to try the script")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -191,6 +215,8 @@ def main() -> None:
     rows.append(["both", f"{theirs:.2f}", f"{ours:.2f}", f"{statistics.median(ratios):.2f}"])
     print(columns(rows))
     print(f"\nratios of {options.repeats} repetitions: {min(ratios):.2f} to {max(ratios):.2f}")
+    if options.profile:
+        print("\n" + profile(lambda step: ours_step(ours_views(step), step)))
 
 
 if __name__ == "__main__":
