@@ -28,7 +28,7 @@ END_TO_END = "bench_data.py wait --images 4000 --batch 64 --steps 120 --workers 
 CPU = {
     "step": (
         "A whole training step beside the published procedure written out",
-        ["bench_step.py", "bench_step.py --fast-linear"],
+        ["bench_step.py --profile", "bench_step.py --fast-linear"],
     ),
     "loss": ("Sorting and loss beside diffsort", ["bench_loss.py"]),
     "views": ("Views of an image beside the published pipeline", ["bench_views.py"]),
