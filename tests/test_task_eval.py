@@ -47,6 +47,11 @@ def test_student_and_teacher_of_a_run(train, evaluate):
     assert hashes["student"] != hashes["teacher"]
 
 
+def test_a_misspelt_option_is_told_from_a_file():
+    with pytest.raises(NecoError, match=r"ibot_vits17: no such file .*did you mean 'ibot_vits16'\?"):
+        load_backbone("ibot_vits17")
+
+
 def test_a_file_that_needs_pickle_is_read_when_trusted(train, evaluate, tmp_path):
     backbone, path = load_backbone("tiny", weights="none"), tmp_path / "old.ckpt"
     torch.save({"model": backbone.net.state_dict(), "callbacks": {NecoError: 1}}, path)

@@ -62,7 +62,10 @@ def load_backbone(
         model, source = source, ""
     source = last_checkpoint(source)
     if source and not source.startswith(("http://", "https://")) and not timm.is_model(source):
-        _sources.locate(source, "")  # it must be there
+        try:
+            _sources.locate(source, "")  # it must be there
+        except NecoError as error:
+            raise NecoError(f"{error}{config.nearest(source, sorted(options))}") from None
     node = trained_model(source, trust_pickle) if model is None else None
     if node is None:
         if model not in options:
