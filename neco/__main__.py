@@ -66,6 +66,8 @@ def run(cfg: Any) -> float | None:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
+    from neco import progress
+
     startup.begin()
     hydra = HydraConfig.get()
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra/")}
@@ -77,6 +79,7 @@ def run(cfg: Any) -> float | None:
         settings = config.validate(OmegaConf.to_container(cfg, resolve=True), choices, overrides)  # type: ignore[arg-type]
         task = importlib.import_module(f"neco.task.{settings.run.task}")
         startup.mark("imports")
+        progress.every = settings.run.log_seconds
         prepared = task.prepare(settings)
         startup.mark("checks")
     except NecoError as error:
@@ -208,4 +211,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from neco.logger import guard
+
+    with guard.exits():
+        main()

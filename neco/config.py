@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 LEAVES = ("model", "augment", "dataset", "val_dataset", "loss", "head", "extract")
 LISTS = ("eval", "logger")
-LOGGER = ("folder", "step")  # what a logger is given at run time
 
 
 def folder() -> Path:
@@ -253,9 +252,8 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
         keys = ", ".join(f"loss.{key}" for key in surplus)
         log.info("experiment=%s without %s: loss=%s has none", choices["experiment"], keys, choices["loss"])
     settings = Settings(config, run, spine, dict(choices), list(overrides))
-    settings.build_all("eval")
-    for key, node in config["logger"].items():
-        check(locate(node["_target_"]), {k: v for k, v in node.items() if k != "_target_"}, f"logger.{key}", LOGGER)
+    for name in LISTS:
+        settings.build_all(name)
     for name in ("dataset", "augment", "loss", "val_dataset"):
         if config.get(name) is not None:
             settings.build(name)

@@ -20,18 +20,19 @@ class Interrupted(BaseException):
 
 
 asked: int | None = None  # the signal that a block of `put_off` was sent
+meant = False  # it was sent twice: at once, whatever is lost
 _waits = _held = False
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    global asked
-    again, asked = asked is not None, number  # also when it is raised: that may be lost in a callback of the system
+    global asked, meant
+    meant, asked = asked is not None, number  # also when it is raised: that may be lost in a callback of the system
     if _held:
         return
-    if not _waits or again:  # a second one is meant
+    if not _waits or meant:
         raise Interrupted(number)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        os.write(2, b"\nstopping when this step is done and saved; once more: at once\n")
+        os.write(2, b"\nstopping when this step is done and saved; once more: at once\n\n")  # a bar takes a line back
 
 
 def listen() -> None:
@@ -44,8 +45,9 @@ def listen() -> None:
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
     """In this block the signals raise Interrupted."""
-    global asked, _waits, _held
-    before, asked, _waits, _held = [signal.getsignal(number) for number in SIGNALS], None, False, False
+    global asked, meant, _waits, _held
+    before, asked, meant = [signal.getsignal(number) for number in SIGNALS], None, False
+    _waits = _held = False
     listen()
     try:
         yield

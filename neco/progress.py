@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,10 +23,16 @@ from neco import interrupt
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-PLAIN_SECONDS = 15.0
+every = 15.0  # seconds between plain lines: log_seconds of the configuration
 
 
-def columns(*extra: TextColumn) -> tuple:
+class Lines(logging.StreamHandler):
+    """Log lines in the terminal, above a bar that is shown: rich takes the place of sys.stderr meanwhile."""
+
+    stream = property(lambda self: sys.stderr, lambda self, stream: None)  # type: ignore[assignment]
+
+
+def columns() -> tuple:
     """The columns that every bar of the project shows: what, bar, done/total, elapsed, remaining."""
     return (
         TextColumn("{task.description}"),
@@ -34,8 +41,17 @@ def columns(*extra: TextColumn) -> tuple:
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        *extra,
     )
+
+
+class Captioned(Progress):
+    """Bars with a line of text below."""
+
+    caption = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield self.caption
 
 
 def duration(seconds: float) -> str:
@@ -59,7 +75,7 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
     start = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if done and now - last > PLAIN_SECONDS:
+        if done and now - last > every:
             last, left = now, ""
             if total:
                 left = f"/{total}, eta {duration((now - start) / done * (total - done))}"
@@ -86,7 +102,7 @@ def transfers() -> Iterator[Callable[[str, int | None], Callable[[int, int | Non
             def report(done: int, total: int | None) -> None:
                 nonlocal shown
                 bars.update(task, completed=done, total=total or size)
-                if not terminal and time.monotonic() - shown > PLAIN_SECONDS:
+                if not terminal and time.monotonic() - shown > every:
                     shown = time.monotonic()
                     log.info("%s: %.2f of %s GB", name, done / 1e9, f"{total / 1e9:.2f}" if total else "?")
 

@@ -157,28 +157,32 @@ class Results:
             write(self.path, json.dumps(self.records, indent=1) + "\n")
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Numbers of the first and the last step side by side, a line for each evaluation, metric and network.
-
-    The protocols that they are measured by stand below.
-    """
-    if not records:
-        return "(no evaluations)"
+def comparison(records: list[dict[str, Any]]) -> list[list[Any]]:
+    """Names of columns, then a row for each evaluation, metric and network: its numbers at the first and last step."""
     first, last = min(r["step"] for r in records), max(r["step"] for r in records)
-    rows = []
+    values = ["before", "after", "change"] if first != last else ["value"]
+    rows: list[list[Any]] = [["dataset", "evaluation", "metric", "network", *values, "protocol"]]
     for record in (r for r in records if r["step"] == last):
         same = {**{key: record[key] for key in ("network", "evaluation", "asked")}, "step": first}
         before: dict[str, float] = next((r["metrics"] for r in records if same.items() <= r.items()), {})
         for name, value in record["metrics"].items():
-            row = [record["dataset"], record["evaluation"], name, record["network"], f"{value:.4f}"]
-            if first != last:
-                old = before.get(name)
-                row[4:] = [f"{old:.4f}", f"{value:.4f}", f"{value - old:+.4f}"] if old is not None else ["", row[4], ""]
-            rows.append(row)
-    head = ["dataset", "evaluation", "metric", "network"]
-    lines = columns([head + (["before", "after", "change"] if first != last else ["value"]), *rows])
-    protocols = dict.fromkeys(f"protocol  {record['protocol']}" for record in records if record["step"] == last)
-    return "\n".join([lines, *protocols])
+            old = before.get(name)
+            numbers = [old, value, None if old is None else value - old] if first != last else [value]
+            rows.append(
+                [record["dataset"], record["evaluation"], name, record["network"], *numbers, record["protocol"]]
+            )
+    return rows
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """`comparison` as text; the protocols that the numbers are measured by stand below."""
+    if not records:
+        return "(no evaluations)"
+    head, *rows = comparison(records)
+    signs = ["+" if name == "change" else "" for name in head]
+    cells = [[f"{v:{s}.4f}" if isinstance(v, float) else v or "" for v, s in zip(r, signs, strict=True)] for r in rows]
+    protocols = dict.fromkeys(f"protocol  {row[-1]}" for row in rows)
+    return "\n".join([columns([row[:-1] for row in (head, *cells)]), *protocols])
 
 
 def columns(rows: list[list[str]]) -> str:

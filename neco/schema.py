@@ -156,6 +156,7 @@ class Run:
     trust_pickle: bool
     device: Literal["auto", "cpu", "cuda"]
     debug: bool
+    log_seconds: PositiveFloat
     show: NonNegative
     compare: str | None = None
     runs: list[str] = dataclasses.field(default_factory=list)

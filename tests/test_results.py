@@ -9,6 +9,7 @@ import pytest
 
 from neco import results
 from neco.errors import NecoError
+from neco.logger.base import About
 from neco.logger.csv import Csv
 
 
@@ -65,14 +66,20 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def tracker(folder: Path, step: int = 0) -> Csv:
+    csv = Csv()
+    csv.start(About(folder, step, {}, "", None, []))
+    return csv
+
+
 def test_csv_has_each_step_once_after_a_resume(tmp_path):
-    log = Csv(folder=tmp_path)
+    log = tracker(tmp_path)
     for step in (1, 2, 3, 4):
-        log.log_metrics({"loss": step / 10}, step)
+        log.metrics({"loss": step / 10}, step)
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("5,0.")  # killed in the middle of a row
-    log = Csv(folder=tmp_path, step=2)
-    log.log_metrics({"loss": 0.35, "new": 1}, 3)
+    log = tracker(tmp_path, 2)
+    log.metrics({"loss": 0.35, "new": 1}, 3)
     found = rows(tmp_path / "metrics.csv")
     assert [row["step"] for row in found] == ["1", "2", "3"]
     assert found[-1] == {"step": "3", "loss": "0.35", "new": "1"} and found[0]["new"] == ""

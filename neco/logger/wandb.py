@@ -1,99 +1,135 @@
-"""Weights & Biases: the same metrics, the configuration and the evaluation results of a run."""
+"""Weights & Biases: one W&B run a run folder, online or kept for `wandb sync`."""
 
 import logging
+import netrc
 import os
 import secrets
+import shlex
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from pytorch_lightning.loggers.logger import Logger
-from pytorch_lightning.utilities import rank_zero_only
+from neco.errors import NecoError
+from neco.logger import base
+from neco.logger.base import About, Ended, Table, Tracker
+from neco.values import PositiveFloat
 
 log = logging.getLogger(__name__)
+REACH = 4  # seconds in which a server has to answer
+OPEN = 15.0  # and to open a run
 
 
-class Wandb(Logger):
-    """One W&B run a run folder: resuming the folder continues the run.
+class Wandb(Tracker):
+    """Resuming the run folder continues the run, whose id is kept there.
 
-    `mode=auto` is online when a key is known (`wandb login` or WANDB_API_KEY), else offline, with the command that
-    uploads it later.
+    Args:
+        mode: `auto` is online where a key is known (`wandb login`, WANDB_API_KEY) and the server answers, else offline.
+        group: of the run; null: the folder of the multirun.
+        tags: beside those of model, dataset and loss.
+        wait: seconds for what is still to be sent at the end.
     """
 
     def __init__(
         self,
         *,
-        folder: Path,
-        step: int = 0,
         project: str = "neco",
         entity: str | None = None,
         mode: Literal["auto", "online", "offline"] = "auto",
         group: str | None = None,
         tags: list[str] | None = None,
+        wait: PositiveFloat = 30,
     ) -> None:
-        super().__init__()
-        self.folder, self.step = Path(folder), step
-        self.options: dict[str, Any] = {"project": project, "entity": entity, "group": group, "tags": tags}
-        self.mode = mode
-        self._run: Any = None
-
-    @property
-    def name(self) -> str:
-        return "wandb"
-
-    @property
-    def version(self) -> str:
-        return self.folder.name
-
-    @property
-    def run(self) -> Any:
-        """The W&B run, started at first use; its id is kept in the run folder."""
-        if self._run is None:
+        try:
             import wandb
+        except ImportError as error:
+            raise NecoError(f"wandb is not installed ({error}): pip install wandb") from error
+        self.library, self.mode, self.group, self.tags, self.wait = wandb, mode, group, tags or [], wait
+        self.options: dict[str, Any] = {"project": project, "entity": entity}
+        self.run: Any = None
 
-            mode = self.mode
-            if mode == "auto":
-                known = _key_known()
-                mode = "online" if known and os.environ.get("WANDB_MODE") != "offline" else "offline"
-            id_file = self.folder / "wandb_id.txt"
-            if not id_file.is_file():
-                id_file.write_text(secrets.token_hex(4))
-            self._run = wandb.init(
-                **self.options,
-                id=id_file.read_text().strip(),
-                name=self.folder.name,
-                dir=str(self.folder),
-                mode=mode,
-                resume="allow",
-            )
-            if mode == "offline":
-                log.info("W&B is offline; to upload: wandb sync %s", Path(self._run.dir).parent)
-        return self._run
+    def start(self, about: About) -> None:
+        """Sends the configuration; says how to upload where it is offline."""
+        self.folder = about.folder
+        id_file = about.folder / "wandb_id.txt"
+        if not id_file.is_file():
+            id_file.write_text(secrets.token_hex(4))
+        why = "" if self.mode == "online" else "mode=offline" if self.mode == "offline" else _unreachable()
+        # Its console capture would have every line of ours wait for its service.
+        settings = {"console": "off", "silent": True, "reinit": "create_new", "init_timeout": OPEN}
+        values = {
+            **self.options,
+            "id": id_file.read_text().strip(),
+            "name": about.name[:128],
+            "group": self.group or about.group,
+            "job_type": about.config["task"],
+            "tags": [*dict.fromkeys(tag[:64] for tag in (*about.tags, *self.tags))],
+            "dir": str(about.folder),
+            "resume": "allow",
+            "settings": settings,
+        }
+        try:
+            self.run = self.library.init(**values, mode="offline" if why else "online")
+        except Exception as error:
+            if why or self.mode != "auto":
+                raise
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+            self.library.teardown(1)  # its service holds the id
+            self.run = self.library.init(**values, mode="offline")
+        self.run.config.update(dict(about.config), allow_val_change=True)
+        kind = "offline-run-*" if why else "run-*"
+        self.rest = f"To upload: wandb sync {shlex.quote(str(about.folder / 'wandb'))}/{kind}"
+        if why:
+            log.info("wandb       offline: %s. %s", why, self.rest)
+        else:
+            log.info("wandb       %s", self.run.url)
 
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The resolved configuration."""
-        self.run.config.update(dict(params), allow_val_change=True)
+    def metrics(self, row: Mapping[str, float], step: int) -> None:
+        """W&B takes no step twice: what a resumed run repeats is there already."""
+        if step >= self.run.step:
+            self.run.log(dict(row), step=step)
 
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Metrics of one step; keys are those of metrics.csv and `eval/<evaluation>/<network>/<metric>`."""
-        self.run.log(dict(metrics), step=step)
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Numbers, pictures and a table of classes, at the record's step or the first one after it that W&B takes."""
+        values: dict[str, Any] = base.numbers(record)
+        for name, drawn in base.pictures(record, self.folder):
+            values[name] = [self.library.Image(str(path), caption=caption) for path, caption in drawn]
+        if rows := base.classes(record):
+            values[base.key(record, "classes", "tables")] = self._table(rows)
+        self.run.log(values, step=max(record["step"], self.run.step))
+        self.run.summary[base.key(record, "protocol", "about")] = record["protocol"]
 
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Close the run, so that the next job of a sweep starts its own."""
-        if self._run is not None:
-            self._run.finish(exit_code=0 if status == "success" else 1)
-            self._run = None
+    def results(self, table: Table) -> None:
+        """The table `results`."""
+        self.run.log({"results": self._table(table)}, step=self.run.step)
+
+    def finish(self, ended: Ended) -> None:
+        """A failed run is `failed`; an interrupted one `preempted` until it goes on."""
+        self.run.summary["ended"] = ended
+        if ended == "interrupted":
+            self.run.mark_preempting()
+        self.run.finish(exit_code={"success": 0, "failed": 1, "interrupted": 130}[ended])
+
+    def _table(self, table: Table) -> Any:
+        head, *rows = table
+        return self.library.Table(columns=[*head], data=[[*row] for row in rows])
 
 
-def _key_known() -> bool:
-    import netrc
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+def _unreachable() -> str:
+    """Why a run cannot be online; empty where it can."""
+    if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
+        return f"WANDB_MODE={mode}"
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
-        return any("wandb" in host for host in netrc.netrc().hosts)
+        known = any("wandb" in host or host in url for host in netrc.netrc(os.environ.get("NETRC")).hosts)
     except (OSError, netrc.NetrcParseError):
-        return False
+        known = False
+    if not known and not os.environ.get("WANDB_API_KEY"):
+        return "no key is known (wandb login)"
+    try:
+        urllib.request.urlopen(url, timeout=REACH).close()
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except (OSError, ValueError) as error:
+        return f"{url} does not answer ({getattr(error, 'reason', error)})"
+    return ""

@@ -11,6 +11,7 @@ from neco import devices, results
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
+from neco.logger.base import Trackers
 from neco.model import weights
 from neco.task.common import (
     check_evaluations,
@@ -61,9 +62,8 @@ def prepare(settings: Settings) -> Job:
 def main(settings: Settings, job: Job, output: Path) -> float | None:
     """Evaluate and record; returns the first number of the first evaluation."""
     devices.join()
-    leads = devices.leader()
-    with locked(output, "eval"):
-        if leads:
+    with locked(output, "eval"), Trackers(settings, results.Results(output, writes=devices.leader())) as trackers:
+        if trackers.store.writes:
             what = settings.config, settings.overrides, settings.choices
             results.describe(output, *what, device_name(job.device))
             results.note_choice(output, train=job.dataset)
@@ -73,8 +73,6 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
         trust = settings.run.trust_pickle
         report = weights.load(backbone, job.source, job.which, trust_pickle=trust)
         log.info("%s: %s", job.model["name"], report)
-        store = results.Results(output, writes=leads)
-        loggers = settings.build_all("logger", folder=output, step=0) if leads else {}
         network = {"only": "backbone"}.get(report.which, report.which)
         name = settings.choices["dataset"]
         networks, origins = {network: backbone.to(job.device)}, {network: origin(settings, job.source)}
@@ -85,8 +83,6 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
             log.info("compared    %s", told)
             networks = {"compared": other.to(job.device), **networks}
             origins["compared"] = origin(settings, beside, of=(origins[network]["model"], job.model))
-        found = measure(settings, store, networks, origins, job.dataset, name, job.device, loggers=loggers.values())
-        for logger in loggers.values():
-            logger.finalize("success")
-        log.info("\n%s\n\nwrote  %s", results.table(found), store.path)
+        found = measure(settings, trackers, networks, origins, job.dataset, name, job.device)
+        log.info("\n%s\n\nwrote  %s", results.table(found), trackers.store.path)
     return next(iter(found[0]["metrics"].values()))

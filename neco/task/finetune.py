@@ -4,6 +4,7 @@ import logging
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,14 +114,14 @@ def _crop(options: Finetune, patch: int, dataset: Dataset) -> int:
 
 def main(settings: Settings, job: Job, output: Path) -> float | None:
     """Fine-tune, or go on with the run found in `output`; returns the best mIoU on val."""
-    with locked(output, "finetune"):
-        return _finetune(settings, job, output)
+    named: dict[str, Any] = {"classes": job.dataset.classes, "choices": {"train": job.dataset}}
+    with locked(output, "finetune"), Run(settings, output, job.plan, job.device, job.samples, **named) as run:
+        return _finetune(settings, job, run)
 
 
-def _finetune(settings: Settings, job: Job, output: Path) -> float | None:
+def _finetune(settings: Settings, job: Job, run: Run) -> float | None:
     options: Finetune = settings.spine["finetune"]
-    classes, name, seed = job.dataset.classes, settings.choices["dataset"], settings.run.seed
-    run = Run(settings, output, job.plan, job.device, job.samples, classes=classes, choices={"train": job.dataset})
+    classes, name, seed, output = job.dataset.classes, settings.choices["dataset"], settings.run.seed, run.output
     torch.manual_seed(seed)
     backbone = settings.build("model", drop_path=options.drop_path)
     start = run.start(backbone)

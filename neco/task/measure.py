@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from neco.dataset.base import Dataset, Sample
 from neco.dataset.files import stamp
 from neco.eval.base import Extract, Result, input_size
 from neco.eval.pictures import shown
+from neco.logger.base import Trackers
 from neco.model import sources
 from neco.model.weights import weights_hash
 from neco.results import Results
@@ -58,7 +59,7 @@ def origin(
 
 def measure(
     settings: Settings,
-    store: Results,
+    trackers: Trackers,
     networks: Mapping[str, nn.Module],
     origins: Mapping[str, Origin],
     dataset: Dataset,
@@ -67,17 +68,17 @@ def measure(
     *,
     step: int = 0,
     epoch: float = 0.0,
-    loggers: Iterable[Any] = (),
     evaluations: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run evaluations (None: the selected ones) on each network and record them. Returns the records.
+    """Run evaluations (None: the selected ones) on each network, record and track them. Returns the records.
 
     Networks with equal weights are measured once. What is recorded already, at this step, with these weights, images
     and values of all keys, is kept. What an evaluation trains is written to `heads/`, named by the record as `saved`.
     Leaves modes and random state as they were.
     """
     evaluations = settings.build_all("eval") if evaluations is None else evaluations
-    run, show = store.path.parent, settings.run.show
+    store, show = trackers.store, settings.run.show
+    run = store.path.parent
     found: list[dict[str, Any]] = []
     with torch.random.fork_rng():
         for network, backbone in networks.items():
@@ -102,9 +103,7 @@ def measure(
                     about["state"] = ""  # a part of the images
                 found.append({**record, **about, "network": network})
                 store.add(found[-1])
-                for logger in loggers:
-                    metrics = {f"eval/{name}/{network}/{key}": value for key, value in record["metrics"].items()}
-                    logger.log_metrics(metrics, step)
+                trackers.tell("evaluation", found[-1])
         if show:
             _show(settings, store, networks, dataset, device, step)
     return found

@@ -5,6 +5,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from neco import devices, results, startup
 from neco.config import Settings
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
+from neco.logger.base import Trackers
 from neco.model import sources, weights
 from neco.schema import Trainings
 from neco.task.common import device_name, source_of_weights
@@ -38,6 +40,7 @@ FREE = {
     "cache_dir",
     "extract",
     "logger",
+    "log_seconds",
     "eval",
     "val_dataset",
     "dataset.root",
@@ -65,6 +68,8 @@ FIXED = (
 
 class Run:
     """A run folder, opened by the process that leads. `done` steps of the plan are in it; `resume` is where they are.
+
+    A block: when it is left, trackers are told how the run ended.
 
     Args:
         samples: the images to train on, in order.
@@ -109,9 +114,13 @@ class Run:
             results.note_choice(output, **(choices or {}))
         self.store = results.Results(output, writes=self.leads)
         self.store.drop_after(self.done)
-        self.loggers = settings.build_all("logger", folder=output, step=self.done) if self.leads else {}
-        for logger in self.loggers.values():
-            logger.log_hyperparams(settings.config)
+        self.trackers = Trackers(settings, self.store, self.done)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.trackers.__exit__(*error)
 
     def start(self, backbone: Any) -> str:
         """Load the weights to start from, or say from which checkpoint `fit` will go on."""
@@ -133,8 +142,8 @@ class Run:
         if step:
             about = {**about, "state": self.saved["origin"][1], "checkpoint": None}
         measure(
-            self.settings, self.store, networks, dict.fromkeys(networks, about), dataset, name, self.device,
-            step=step, epoch=round(self.plan.epoch(step), 4), loggers=self.loggers.values(), evaluations=evaluations,
+            self.settings, self.trackers, networks, dict.fromkeys(networks, about), dataset, name, self.device,
+            step=step, epoch=round(self.plan.epoch(step), 4), evaluations=evaluations,
         )  # fmt: skip
 
     def fit(
@@ -167,8 +176,8 @@ class Run:
             max_epochs=1,  # one stream over all epochs, see Positions
             accumulate_grad_batches=options.accumulate,
             gradient_clip_val=options.clip,
-            callbacks=[bad, Loop(plan, self.checkpoints, evaluated, at_start)],
-            logger=list(self.loggers.values()),
+            callbacks=[bad, Loop(plan, self.checkpoints, evaluated, partial(self.trackers.tell, "metrics"), at_start)],
+            logger=False,
             default_root_dir=self.output,
             use_distributed_sampler=False,
             enable_checkpointing=False,
@@ -195,8 +204,6 @@ class Run:
             module.load_state_dict(sources.contents(self.resume)["state_dict"])  # type: ignore[arg-type]
         module.to(device)
         evaluated(module, done)
-        for logger in self.loggers.values():
-            logger.finalize("success")
         return done
 
     def enough(self) -> bool:

@@ -140,15 +140,14 @@ def _trained_sizes(views: Views) -> list[list[tuple[int, int]]]:
 
 def main(settings: Settings, job: Job, output: Path) -> float | None:
     """Train, or go on with the run found in `output`; returns the last number of the first evaluation's teacher."""
-    with locked(output, "train"):
-        return _train(settings, job, output)
-
-
-def _train(settings: Settings, job: Job, output: Path) -> float | None:
-    options: Train = settings.spine["train"]
     val = None if job.val is job.dataset else job.val
-    choices = {"train": job.dataset, "val_dataset_train": val}
-    run = Run(settings, output, job.plan, job.device, job.samples, choices=choices)
+    lists = {"train": job.dataset, "val_dataset_train": val}
+    with locked(output, "train"), Run(settings, output, job.plan, job.device, job.samples, choices=lists) as run:
+        return _train(settings, job, run)
+
+
+def _train(settings: Settings, job: Job, run: Run) -> float | None:
+    options: Train = settings.spine["train"]
     torch.manual_seed(settings.run.seed)
     backbone = settings.build("model", drop_path=options.drop_path)
     start = run.start(backbone)
@@ -166,11 +165,11 @@ def _train(settings: Settings, job: Job, output: Path) -> float | None:
             with torch.compiler.set_stance("force_eager") if job.compiled else contextlib.nullcontext():
                 run.measure(whole, job.val, job.val_name, step)
 
-    _announce(settings, job, module, start, output)
+    _announce(settings, job, module, start, run.output)
     views = data.MultiView(job.samples, job.views, settings.run.seed, plain=job.views.batched(job.device))
-    step = run.fit(module, views, job.shares, BadImages(output, job.samples, job.limits), evaluate)
+    step = run.fit(module, views, job.shares, BadImages(run.output, job.samples, job.limits), evaluate)
     best = run.report()
-    _advise(settings, job, output)
+    _advise(settings, job, run.output)
     if best is not None or not job.val:
         return best
     result = "teacher" if options.teacher == "ema" else "student"

@@ -1,18 +1,19 @@
 """What happens around the training steps: logging, saving, evaluating. None of it can change the training."""
 
+import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 
 from neco import devices, interrupt, progress, startup
 from neco.errors import NecoError
@@ -101,24 +102,52 @@ def together(values: dict[str, float], late: bool, asked: int | None) -> tuple[d
     return means, found[0][1], next((number for _, _, number in found if number is not None), None)
 
 
+@dataclass
+class Clock:
+    """Seconds that training waited for data and that it was busy, since it began; moments are (step, both)."""
+
+    images: int
+    waited: float = 0.0
+    busy: float = 0.0
+
+    def now(self, step: int) -> tuple[int, float, float]:
+        return step, self.waited, self.busy
+
+    def seconds(self, since: tuple[int, float, float] = (0, 0.0, 0.0), more: float = 0.0) -> float:
+        """Of training, since a moment."""
+        return self.waited + self.busy - sum(since[1:]) + more
+
+    def speed(self, since: tuple[int, float, float], step: int) -> dict[str, float]:
+        """Since a moment: images per second, and which share of the time was waiting for them."""
+        seconds = max(self.seconds(since), 1e-9)
+        done = (step - since[0]) * self.images
+        return {"images_per_second": done / seconds, "data_wait": (self.waited - since[1]) / seconds}
+
+
 class Loop(pl.Callback):
     """After each step, in this order: log, save, evaluate. Only the first is part of the measured speed.
 
     `evaluate(module, step)` is called at the marks and, unless the `start` is of no interest, before the first step; a
-    resumed run makes up for a missed one. It returns whether this is enough. A signal ends the run when a step is done
-    and saved, or the evaluation at once.
+    resumed run makes up for a missed one. It returns whether this is enough. `track(row, step)` takes what is logged. A
+    signal ends the run when a step is done and saved, or the evaluation at once.
     """
 
     def __init__(
-        self, plan: Plan, checkpoints: Checkpoints, evaluate: Callable[[Module, int], bool], start: bool = True
+        self,
+        plan: Plan,
+        checkpoints: Checkpoints,
+        evaluate: Callable[[Module, int], bool],
+        track: Callable[[dict[str, float], int], None],
+        start: bool = True,
     ) -> None:
-        self.plan, self.checkpoints, self.evaluate = plan, checkpoints, evaluate
+        self.plan, self.checkpoints, self.evaluate, self.track = plan, checkpoints, evaluate, track
         self.keep = plan.marks(plan.options.save_epochs)
         self.evaluated = {*plan.marks(plan.options.eval_epochs), *([0] if start else [])}
-        self.begun = self.ended = self.printed = self.waited = self.busy = self.total = 0.0
-        self.logged = self.first = 0
+        self.begun = self.ended = self.printed = 0.0
+        self.clock = Clock(plan.options.images)
+        self.first = 0
         self.agree = 1  # steps between two agreements of the processes: about a second
-        self.bar: Progress | None = None
+        self.bar: progress.Captioned | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         if self.plan.options.monitor and trainer.global_step == 0 and 0 in self.evaluated:
@@ -129,20 +158,19 @@ class Loop(pl.Callback):
             startup.mark("evaluation")
         interrupt.put_off()
         memory.reset_peak(module.device)
-        self.logged = self.first = trainer.global_step
+        self.first = trainer.global_step
+        self.logged = self.shown = self.clock.now(self.first)
         self.checkpoints.saved_at = self.ended = self.printed = time.monotonic()
         if sys.stderr.isatty() and devices.leader():
-            self.bar = Progress(
-                *progress.columns(TextColumn("{task.fields[text]}")), console=Console(stderr=True), transient=True
-            )
-            self.task = self.bar.add_task("training", total=self.plan.steps, completed=self.first, text="")
+            self.bar = progress.Captioned(*progress.columns(), console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task("training", total=self.plan.steps, completed=self.first)
             self.bar.start()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if not self.begun:
             startup.mark("first images")
         self.begun = time.monotonic()
-        self.waited += self.begun - self.ended
+        self.clock.waited += self.begun - self.ended
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, options = trainer.global_step, self.plan.options
@@ -156,15 +184,20 @@ class Loop(pl.Callback):
         agreed = is_step and (row or devices.world() == 1 or step % self.agree == 0)
         if agreed and devices.world() > 1 and not row:
             _, late, asked = together({}, late, asked)
+        values: dict[str, float] = {}
         if row:
             module.raise_if_broken(self.checkpoints.last)
             values = {name: float(value) for name, value in module.step_metrics.items()}  # on a GPU, waits for the step
-            values["seconds"] = (self.waited + time.monotonic() - self.begun + self.busy) / max(1, step - self.logged)
+            values["seconds"] = self.clock.seconds(self.logged, time.monotonic() - self.begun) / (step - self.logged[0])
             values, late, asked = together(values, late, asked)
             self.agree = max(1, round(1 / max(values.pop("seconds"), 1e-3)))
-        self.busy += time.monotonic() - self.begun
+        elif is_step and devices.leader() and time.monotonic() - self.printed > progress.every:
+            values = {name: float(module.step_metrics[name]) for name in module.shown if name in module.step_metrics}
+        self.clock.busy += time.monotonic() - self.begun
         if row and devices.leader():
-            self.log_row(trainer, module, step, values)
+            self.log_row(module, step, values)
+        if is_step and devices.leader():
+            self.show(module, step, values)
         if is_step:
             due = step in self.keep or step in self.evaluated or step == self.plan.steps
             ends = asked if agreed else None  # all processes save, so they agree when
@@ -176,32 +209,51 @@ class Loop(pl.Callback):
                 raise interrupt.Interrupted(ends)
             if step in self.evaluated:
                 interrupt.put_off(False)
-                trainer.should_stop = self.evaluate(module, step)
+                with self.hidden():
+                    trainer.should_stop = self.evaluate(module, step)
                 interrupt.put_off()
         self.ended = time.monotonic()
 
-    def log_row(self, trainer: pl.Trainer, module: Module, step: int, values: dict[str, float]) -> None:
-        """Send what the loss and the machine did since the last row to the loggers and the terminal."""
-        seconds = max(self.waited + self.busy, 1e-9)
-        self.total += seconds
-        row = {
-            "epoch": round(self.plan.epoch(step), 4),
-            **values,
-            "images_per_second": (step - self.logged) * self.plan.options.images / seconds,
-            "data_wait": self.waited / seconds,
-            "peak_memory_gb": memory.peak(module.device) / memory.GB,
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(row, step)
-        numbers = "  ".join(f"{name} {row[name]:.4f}" for name in module.shown if name in row)
-        text = f"{numbers}  {row['images_per_second']:.1f} images/s"
+    def log_row(self, module: Module, step: int, values: dict[str, float]) -> None:
+        """Tell the trackers what the loss and the machine did since the last row."""
+        speed = self.clock.speed(self.logged, step)
+        peak = {"peak_memory_gb": memory.peak(module.device) / memory.GB}
+        self.track({"epoch": round(self.plan.epoch(step), 4), **values, **speed, **peak}, step)
+        self.logged = self.clock.now(step)
+
+    def show(self, module: Module, step: int, values: dict[str, float]) -> None:
+        """Move the bar; with `values`, say what was done since that was said last, as plain text every few seconds."""
         if self.bar:
-            self.bar.update(self.task, completed=step, text=text)
-        elif time.monotonic() - self.printed > progress.PLAIN_SECONDS or step == self.plan.steps:
-            self.printed = time.monotonic()
-            left = (self.plan.steps - step) * self.total / (step - self.first)
+            self.bar.update(self.task, completed=step)
+        due = time.monotonic() - self.printed > progress.every or step == self.plan.steps
+        if not values or not (self.bar or due):
+            return
+        speed = self.clock.speed(self.shown, step)
+        used = f"memory {memory.current(torch.device('cpu')) / memory.GB:.1f} GB"
+        if module.device.type == "cuda":
+            used += f", gpu {memory.current(module.device) / memory.GB:.1f} GB"
+        text = "  ".join([
+            f"epoch {self.plan.epoch(step):.2f}/{self.plan.epoch(self.plan.steps):.4g}",
+            *(f"{name} {values[name]:.4f}" for name in module.shown if name in values),
+            f"{speed['images_per_second']:.1f} images/s",
+            f"data wait {speed['data_wait']:.0%}",
+            used,
+        ])  # fmt: skip
+        if self.bar:
+            self.bar.caption = text
+        else:
+            left = (self.plan.steps - step) * self.clock.seconds() / (step - self.first)
             log.info("step %d/%d  %s  eta %s", step, self.plan.steps, text, progress.duration(left))
-        self.waited, self.busy, self.logged = 0.0, 0.0, step
+        self.printed, self.shown = time.monotonic(), self.clock.now(step)
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Without the bar: an evaluation has one of its own."""
+        if self.bar:
+            self.bar.stop()
+        yield
+        if self.bar:
+            self.bar.start()
 
     def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         self.on_exception()

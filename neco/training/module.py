@@ -57,7 +57,7 @@ class PostTraining(Module):
     teacher: Network | None
     loss: Loss
     options: schema.Train
-    shown = ("loss", "kl")
+    shown = ("loss", "kl", "accuracy")
 
     def __init__(
         self,

@@ -1,0 +1,281 @@
+"""Trackers: what an offline run stored, resumed, failed and swept runs, and trackers that are broken or hang."""
+
+import atexit
+import json
+import socket
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, SMALL, losses
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
+
+from neco import config, interrupt
+from neco.errors import NecoError
+from neco.logger import base, guard, wandb
+from neco.logger.base import About, Tracker
+from neco.results import Results
+from neco.training import loop
+
+WATCH = ("eval=overcluster", "eval.overcluster.k=4", "eval.overcluster.restarts=1")
+FEW = ("dataset.train=12", "dataset.val=4", "extract.workers=0", "weights=none")
+
+
+def stored(path: Path) -> list[Record]:
+    """The records of an offline run: LevelDB's log format after 7 bytes, in blocks of 32 kB."""
+    data, at, part, found = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (rest := 32768 - at % 32768) < 7:
+            at += rest
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        part, at = part + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, last part
+            found.append(Record.FromString(part))
+            part = b""
+    return found
+
+
+def offline(folder: Path) -> list[SimpleNamespace]:
+    """What W&B stored of a run folder, by start: run, config, history by step, summary, exit code, preempting."""
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_ctime_ns):
+        end = time.monotonic() + 30
+        while not (records := [r for r in stored(path) if r.HasField("exit")]):  # its service writes on for a moment
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        records = stored(path)
+        run = SimpleNamespace(
+            about=next(r.run for r in records if r.HasField("run")), config={}, history={}, summary={}
+        )
+        for record in records:
+            for name, part in (("config", record.config.update), ("summary", record.summary.update)):
+                getattr(run, name).update((i.key or "/".join(i.nested_key), json.loads(i.value_json)) for i in part)
+            if record.HasField("history"):
+                row: dict[str, Any] = {}
+                for item in record.history.item:
+                    *path_to, last = [item.key] if item.key else item.nested_key
+                    place = row
+                    for name in path_to:
+                        place = place.setdefault(name, {})
+                    place[last] = json.loads(item.value_json)
+                run.history[row["_step"]] = row
+        run.code = next(r.exit.exit_code for r in records if r.HasField("exit"))
+        run.preempting = any(r.HasField("preempting") for r in records)
+        run.files = path.parent / "files"
+        found.append(run)
+    return found
+
+
+def events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
+
+
+def text(events: EventAccumulator, tag: str) -> str:
+    return events.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
+
+
+def test_a_run_is_read_back(train) -> None:
+    folder = train(*WATCH, "logger=[csv,wandb,tensorboard]", "show=1", "train.steps=3", "logger.wandb.tags=[mine]")
+    (run,), board = offline(folder), events(folder)
+    assert run.code == 0 and run.summary["ended"] == "success" == text(board, "ended")
+    assert run.about.run_id == (folder / "wandb_id.txt").read_text()
+    assert [*run.about.tags] == ["tiny", "shapes", "neco", "mine"] and run.about.job_type == "train"
+    assert run.about.display_name.startswith("dataset.train=12") and "run_dir" not in run.about.display_name
+    wanted = yaml.safe_load((folder / "config.yaml").read_text())
+    assert {key: run.config[key] for key in wanted} == wanted
+    assert yaml.safe_load(text(board, "config").strip("`\n")) == wanted
+    for column in ("loss", "kl", "images_per_second", "data_wait", "peak_memory_gb"):
+        values = losses(folder, column)
+        assert [run.history[step][column] for step in (1, 2, 3)] == values
+        assert [e.value for e in board.Scalars(column)] == pytest.approx(values, rel=1e-6)
+    records = json.loads((folder / "results.json").read_text())
+    assert {r["step"] for r in records} == {0, 3}
+    for record in records:
+        step, place = record["step"], f"overcluster/{record['network']}"
+        value = record["metrics"]["miou_k4"]
+        assert run.history[step][f"eval/{place}/miou_k4"] == value
+        assert {e.step: e.value for e in board.Scalars(f"eval/{place}/miou_k4")}[step] == pytest.approx(value)
+        assert run.summary[f"about/{place}/protocol"] == record["protocol"] == text(board, f"about/{place}/protocol")
+        kinds = [picture["kind"] for picture in record["pictures"]]
+        assert len(kinds) == 3 == len({*kinds})
+        for kind in kinds:
+            (name,) = run.history[step][f"pictures/{place}/{kind}"]["filenames"]
+            assert (run.files / name).is_file()
+            assert step in [image.step for image in board.Images(f"pictures/{place}/{kind}/0")]
+        classes = json.loads((run.files / run.history[step][f"tables/{place}/classes"]["path"]).read_text())
+        assert dict(classes["data"]) == record["details"]["miou_k4"]["iou"]
+    table = json.loads((run.files / run.history[3]["results"]["path"]).read_text())
+    head, *rows = base.comparison(records)
+    assert (table["columns"], table["data"]) == (head, rows) and len(rows) == 2
+    assert f"| {rows[0][4]:.4f} | {rows[0][5]:.4f} |" in text(board, "results")
+
+
+def test_a_failed_run_is_marked_and_resumed_as_the_same(train, monkeypatch, tmp_path) -> None:
+    options = ["logger=[csv,wandb,tensorboard]", "train.save_minutes=1e-9", "train.steps=4"]
+    real = loop.Loop.on_train_batch_end
+
+    def die(self, trainer, *arguments):
+        if trainer.global_step == 3:  # logged, not saved
+            self.track({"loss": 9.0}, 3)
+            raise RuntimeError("no more")
+        real(self, trainer, *arguments)
+
+    monkeypatch.setattr(loop.Loop, "on_train_batch_end", die)
+    with pytest.raises(RuntimeError, match="no more"):
+        train(*options)
+    assert text(events(tmp_path / "run"), "ended") == "failed"
+    monkeypatch.undo()
+    folder = train(*options)
+    first, second = offline(folder)
+    assert (first.code, first.summary["ended"]) == (1, "failed") and (second.code, second.summary["ended"]) == (
+        0,
+        "success",
+    )
+    assert first.about.run_id == second.about.run_id
+    assert [*first.history] == [1, 2, 3] and [*second.history] == [3, 4]
+    board = events(folder)
+    assert [e.step for e in board.Scalars("loss")] == [1, 2, 3, 4] and text(board, "ended") == "success"
+    assert [e.value for e in board.Scalars("loss")] == pytest.approx(losses(folder))
+
+
+def test_an_interrupted_run_is_one_that_will_go_on(tmp_path) -> None:
+    settings = config.load("logger=wandb")
+    with pytest.raises(interrupt.Interrupted), base.Trackers(settings, Results(tmp_path)):
+        raise interrupt.Interrupted(2)
+    (run,) = offline(tmp_path)
+    assert run.preempting and (run.code, run.summary["ended"]) == (130, "interrupted")
+
+
+def test_jobs_of_a_sweep_are_runs_of_a_group(inside, tmp_path) -> None:
+    small = [override for override in SMALL if not override.startswith(("optim.lr", "train.steps"))]
+    code, said = inside("-m", *small, "train.steps=1", "logger=wandb", "run_dir=out", "optim.lr=1e-3,2e-3", "seed=1")
+    assert code == 0, said
+    runs = [run.about for folder in (tmp_path / "out").iterdir() if folder.is_dir() for run in offline(folder)]
+    assert len({run.run_id for run in runs}) == 2 and {run.run_group for run in runs} == {"out"}
+    assert sorted(run.display_name for run in runs) == ["optim.lr=0.001", "optim.lr=0.002"]
+
+
+def test_other_tasks_are_tracked(inside, finetune, tmp_path) -> None:
+    code, said = inside("task=eval", *FEW, *WATCH, "logger=[wandb,tensorboard]", "run_dir=eval")
+    assert code == 0, said
+    folder = tmp_path / "eval"
+    (record,), (run,) = json.loads((folder / "results.json").read_text()), offline(folder)
+    key, value = "eval/overcluster/backbone/miou_k4", record["metrics"]["miou_k4"]
+    assert run.history[0][key] == value and run.about.job_type == "eval" and "results" in run.history[0]
+    assert events(folder).Scalars(key)[0].value == pytest.approx(value)
+    board = events(finetune("finetune.steps=1", "logger=[csv,tensorboard]", folder="tuned"))
+    assert len(board.Scalars("loss")) == 1 and len(board.Scalars("eval/segmentation/segmenter/miou")) == 1
+    assert "segmentation" in text(board, "results")
+
+
+class Raises(Tracker):
+    wait = 5
+
+    def metrics(self, row: Any, step: int) -> None:
+        raise SystemExit("no disk")
+
+
+class Sleeps(Tracker):
+    """Hangs, as its library does at the end of the program."""
+
+    def __init__(self, *, wait: float = 0.2) -> None:
+        self.wait = wait
+
+    def start(self, about: About) -> None:
+        atexit.register(time.sleep, 600)
+        time.sleep(600)
+
+
+@pytest.fixture
+def no_exit(monkeypatch):
+    monkeypatch.setattr(atexit, "register", lambda *_: None)
+    monkeypatch.setattr(guard, "all_of_them", [])
+
+
+def test_broken_and_hanging_trackers_change_nothing(train, monkeypatch, caplog, no_exit) -> None:
+    monkeypatch.setattr(guard, "WAITING", 3)
+    began = time.monotonic()
+    plain, plain_took = train("train.steps=8", folder="plain"), time.monotonic() - began
+    bad = [f"+logger.{name.lower()}._target_=test_logger.{name}" for name in ("Raises", "Sleeps")]
+    began = time.monotonic()
+    with caplog.at_level("INFO", "neco"):
+        other = train(*bad, "train.steps=8", folder="other")
+    assert time.monotonic() - began < plain_took + 2
+    said = [r.message for r in caplog.records if r.name == "neco.logger.guard"]
+    assert len(said) == 2, said
+    assert any("logger.raises" in line and "metrics: SystemExit: no disk" in line for line in said)
+    assert any("logger.sleeps" in line and "3 entries wait" in line for line in said)
+    one, two = (torch.load(f / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for f in (plain, other))
+    assert all(torch.equal(one[key], two[key]) for key in one) and losses(plain) == losses(other)
+
+
+@pytest.mark.slow
+def test_a_failed_program_ends_beside_a_hanging_tracker(neco) -> None:
+    fails = ["optim.lr=1e9", "optim.head_lr=1e9", "train.steps=99", "+logger.s._target_=test_logger.Sleeps"]
+    began = time.monotonic()
+    done = neco(*SMALL[:-1], *fails, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    assert time.monotonic() - began < 100
+    assert done.returncode == 2 and "not a finite number" in done.stderr, done.stderr
+    assert "it had 0.2 s after the end (logger.s.wait)" in done.stderr
+
+
+def test_one_that_is_slow_gets_its_time_unless_stopped_twice(monkeypatch, no_exit) -> None:
+    told: list[str] = []
+
+    class Slow(Tracker):
+        wait = 20
+
+        def finish(self, ended: Any) -> None:
+            time.sleep(0.3)
+            told.append(ended)
+
+    for meant in (False, True):
+        monkeypatch.setattr(interrupt, "meant", meant)
+        slow = guard.Guard("slow", Slow())
+        slow.tell("finish", "success")
+        slow.close()
+        assert told == ["success"] and slow.dropped == meant
+
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+def test_offline_by_itself(monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(wandb, "REACH", 0.2)
+    assert "no key" in wandb._unreachable()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", url := f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert f"{url} does not answer (timed out)" in wandb._unreachable()
+    assert "refused" in wandb._unreachable()
+    server = HTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    assert wandb._unreachable() == ""
+    server.shutdown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb._unreachable() == "WANDB_MODE=offline"
+
+
+@pytest.mark.parametrize(("name", "package"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_missing_package_is_told_at_once(monkeypatch, name, package) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(NecoError, match=rf"logger\.{name}: {name} is not installed .*pip install"):
+        config.load(f"logger={name}")
