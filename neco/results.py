@@ -98,7 +98,10 @@ def note_choice(output: Path, **datasets: Dataset | None) -> None:
             write(output / f"{name}_files.txt", "".join(f"{key}\n" for key in keys))
 
 
-KEYS = ("step", "network", "evaluation", "weights", "dataset", "protocol", "metrics")
+KEYS: dict[str, type] = {
+    "step": int, "network": str, "evaluation": str, "weights": str, "dataset": str, "protocol": str, "metrics": dict,
+    "details": dict, "fraction": float,
+}  # fmt: skip
 
 
 class Results:
@@ -111,9 +114,13 @@ class Results:
         if self.path.is_file():
             try:
                 self.records = json.loads(self.path.read_text())
-                self.records = [{"asked": None, **record} for record in self.records]
-                if lost := next((key for record in self.records for key in KEYS if key not in record), None):
-                    raise ValueError(f"a record has no {lost}")
+                self.records = [{"asked": None, "details": {}, "fraction": 1.0, **record} for record in self.records]
+                for record in self.records:
+                    if wrong := [key for key, kind in KEYS.items() if not isinstance(record.get(key), kind)]:
+                        raise ValueError(f"a record has no {wrong[0]}, or another than a {KEYS[wrong[0]].__name__}")
+                    for key, value in record["metrics"].items():
+                        if not isinstance(value, int | float):
+                            raise ValueError(f"{record['evaluation']}/{key} is {value}, no number")
             except (ValueError, TypeError) as error:
                 raise NecoError(f"{self.path} is damaged ({error}): mend it or move it away") from error
 
@@ -161,28 +168,32 @@ def comparison(records: list[dict[str, Any]]) -> list[list[Any]]:
     """Names of columns, then a row for each evaluation, metric and network: its numbers at the first and last step."""
     first, last = min(r["step"] for r in records), max(r["step"] for r in records)
     values = ["before", "after", "change"] if first != last else ["value"]
-    rows: list[list[Any]] = [["dataset", "evaluation", "metric", "network", *values, "protocol"]]
+    rows: list[list[Any]] = [["dataset", "evaluation", "metric", "network", *values, "std", "protocol"]]
     for record in (r for r in records if r["step"] == last):
         same = {**{key: record[key] for key in ("network", "evaluation", "asked")}, "step": first}
         before: dict[str, float] = next((r["metrics"] for r in records if same.items() <= r.items()), {})
         for name, value in record["metrics"].items():
             old = before.get(name)
             numbers = [old, value, None if old is None else value - old] if first != last else [value]
-            rows.append(
-                [record["dataset"], record["evaluation"], name, record["network"], *numbers, record["protocol"]]
-            )
+            std = (record.get("details", {}).get(name) or {}).get("std")  # over seeds of the evaluation
+            about = [record["dataset"], record["evaluation"], name, record["network"]]
+            rows.append([*about, *numbers, std, record["protocol"]])
     return rows
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """`comparison` as text; the protocols that the numbers are measured by stand below."""
+    """`comparison` as text; the protocols that the numbers are measured by and the last weights stand below."""
     if not records:
         return "(no evaluations)"
     head, *rows = comparison(records)
     signs = ["+" if name == "change" else "" for name in head]
     cells = [[f"{v:{s}.4f}" if isinstance(v, float) else v or "" for v, s in zip(r, signs, strict=True)] for r in rows]
-    protocols = dict.fromkeys(f"protocol  {row[-1]}" for row in rows)
-    return "\n".join([columns([row[:-1] for row in (head, *cells)]), *protocols])
+    shown = [i for i, name in enumerate(head) if name != "protocol" and (name != "std" or any(r[i] for r in cells))]
+    below = [f"protocol  {row[-1]}" for row in rows]
+    for record in (r for r in records if r["step"] == max(r["step"] for r in records)):
+        source = record.get("checkpoint") or (record.get("model") and f"model={record['model']}") or ""
+        below.append(f"weights   {record['network']}: {record['weights']}{', ' * bool(source)}{source}")
+    return "\n".join([columns([[row[i] for i in shown] for row in (head, *cells)]), *dict.fromkeys(below)])
 
 
 def columns(rows: list[list[str]]) -> str:

@@ -190,7 +190,7 @@ def test_torchrun(neco, tmp_path, cache):
     (clusters, head), (clusters_alone, head_alone) = found
     assert clusters["metrics"] == clusters_alone["metrics"]
     assert head["metrics"]["miou"] == pytest.approx(head_alone["metrics"]["miou"], abs=1e-3)
-    weights = [load_file(tmp_path / run / head["saved"])["0.weight"] for run in ("eval", "alone")]
+    weights = [load_file(tmp_path / run / head["saved"]["miou"])["0.weight"] for run in ("eval", "alone")]
     torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-5)
     without = torchrun(*options[:-1])
     assert without.returncode != 0 and "the processes of torchrun must share one folder" in without.stderr

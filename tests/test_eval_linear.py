@@ -18,7 +18,7 @@ from torch import nn
 from neco import config
 from neco.errors import NecoError
 from neco.eval import heads
-from neco.eval.base import Draw, Extract, Result, generator
+from neco.eval.base import Draw, Extract, Trained, generator
 from neco.eval.linear import Linear
 from neco.task.measure import save
 from neco.values import MEAN, STD
@@ -113,7 +113,7 @@ def test_equals_the_slow_implementation(dataset: Files, kind: str, compat: str) 
     found = Linear(head_kind=kind, compat=compat, **QUICK)(backbone, dataset, extract=HERE, seed=7)
     assert torch.equal(torch.get_rng_state(), state)
     head, score = slow(dataset, backbone, kind, compat == "reference", 7)
-    mine = [value for key, value in found.tensors.items() if "num_batches" not in key]
+    mine = [value for key, value in found.heads["miou"].tensors.items() if "num_batches" not in key]
     theirs = [value for key, value in head.state_dict().items() if "num_batches" not in key]
     for one, two in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
@@ -144,13 +144,14 @@ def test_batch_size_workers_and_order_of_files_change_nothing(dataset: Files) ->
     for rows in dataset.rows.values():
         rows.reverse()
     other = Linear(**QUICK)(Conv(8), dataset, extract=Extract(batch_size=1, workers=2))
-    for key, value in first.tensors.items():
-        torch.testing.assert_close(value, other.tensors[key], atol=1e-5, rtol=1e-5)
+    for key, value in first.heads["miou"].tensors.items():
+        torch.testing.assert_close(value, other.heads["miou"].tensors[key], atol=1e-5, rtol=1e-5)
     assert other.metrics == pytest.approx(first.metrics, abs=1e-3)
     reorder(dataset, "val")
     assert Linear(**QUICK)(Conv(8), dataset, extract=HERE).metrics == pytest.approx(first.metrics, abs=1e-9)
     seeded = Linear(**QUICK)(Conv(8), dataset, extract=HERE, seed=1)
-    assert not torch.allclose(seeded.tensors["0.weight"], first.tensors["0.weight"], atol=1e-3)
+    weights = [found.heads["miou"].tensors["0.weight"] for found in (seeded, first)]
+    assert not torch.allclose(*weights, atol=1e-3)
 
 
 def test_heads_of_several_rates_are_those_of_single_ones(dataset: Files) -> None:
@@ -161,6 +162,10 @@ def test_heads_of_several_rates_are_those_of_single_ones(dataset: Files) -> None
         single = Linear(**QUICK | {"lr": lr})(Conv(8), dataset, extract=HERE)
         assert several.metrics[f"miou_lr{lr:g}"] == single.metrics["miou"]
         assert several.details[f"miou_lr{lr:g}"] == single.details["miou"]
+        mine, alone = several.heads[f"miou_lr{lr:g}"], single.heads["miou"]
+        torch.testing.assert_close(mine.tensors, alone.tensors)
+        assert mine.about == alone.about
+    assert "/miou=lr0.01" in several.protocol and several.heads.keys() == {f"miou_lr{lr:g}" for lr in rates}
     assert several.metrics["miou"] == several.metrics["miou_lr0.01"]  # the published one, not the best
 
 
@@ -180,14 +185,14 @@ def test_fixed_draws_come_from_the_cache(dataset: Files, tmp_path: Path, monkeyp
     fresh = Linear(**QUICK)(Conv(8), dataset, extract=cached)
     assert len([*(tmp_path / "cache").iterdir()]) == 1  # val: new crops are not kept
     every = Linear(**QUICK, draws=3)(Conv(8), dataset, extract=HERE)
-    torch.testing.assert_close(every.tensors, fresh.tensors)
+    torch.testing.assert_close(every.heads["miou"].tensors, fresh.heads["miou"].tensors)
     two = Linear(**QUICK, draws=2)(Conv(8), dataset, extract=cached)
     assert len([*(tmp_path / "cache").iterdir()]) == 3
-    assert not torch.equal(two.tensors["0.weight"], fresh.tensors["0.weight"])
+    assert not torch.equal(two.heads["miou"].tensors["0.weight"], fresh.heads["miou"].tensors["0.weight"])
     assert two.protocol.startswith("linear_cached/") and "/draws=2" in two.protocol
     monkeypatch.setattr(Conv, "forward", None)  # everything is there
     again = Linear(**QUICK, draws=2)(Conv(8), dataset, extract=cached)
-    torch.testing.assert_close(again.tensors, two.tensors)
+    torch.testing.assert_close(again.heads["miou"].tensors, two.heads["miou"].tensors)
 
 
 def test_every_image_gets_the_mask_of_another() -> None:
@@ -214,7 +219,7 @@ def test_batches_without_a_label_do_not_harm(dataset: Files) -> None:
     void = Image.fromarray(np.full_like(np.array(Image.open(dataset.rows["train"][0].mask)), 255))
     void.save(dataset.rows["train"][0].mask)
     found = Linear(**QUICK | {"batch_size": 1})(Conv(8), dataset, extract=HERE)
-    assert found.tensors["0.weight"].isfinite().all()
+    assert found.heads["miou"].tensors["0.weight"].isfinite().all()
 
 
 def test_a_rate_at_which_the_loss_diverges_is_named(dataset: Files) -> None:
@@ -255,11 +260,11 @@ def test_a_saved_head_scores_the_same_alone(
     path = tmp_path / "heads/a.safetensors"
     for compat, name in (("reference", "miou_100"), ("standard", "miou_32")):
         trained = Linear(head_kind=kind, compat=compat, **QUICK)(Conv(8), dataset, extract=HERE)
-        save(trained, path)
+        save(trained.heads["miou"], path)
         alone = Linear(head=str(path), compat=compat)(Conv(8), dataset, extract=HERE)
         assert alone.metrics["miou"] == alone.metrics[name] == trained.metrics["miou"]
         assert [*alone.metrics] == ["miou", "miou_100", "miou_32"]
-        assert alone.details["head"]["protocol"] == trained.protocol and "other" not in alone.protocol
+        assert alone.details["head"]["trained"] in alone.protocol and "other" not in alone.protocol
     assert "was trained on" not in caplog.text
     other = Linear(head=str(path))(Conv(8, seed=1), dataset, extract=HERE)
     assert other.protocol == f"{alone.protocol}/other_weights" and "trained on weights" in caplog.text
@@ -271,13 +276,13 @@ def test_a_head_that_does_not_fit_is_refused(dataset: Files, tmp_path: Path) -> 
     head = Linear(head=str(path))
     with pytest.raises(NecoError, match="No such file or directory; a run's are in its folder heads/"):
         head.plan(8, dataset)
-    save(Result("", {}, {}, {"x": torch.zeros(1)}), path)
+    save(Trained({"x": torch.zeros(1)}, {}), path)
     with pytest.raises(NecoError, match="holds no head that eval=linear wrote"):
         head.plan(8, dataset)
     path.write_bytes(b"something else")
     with pytest.raises(NecoError, match="holds no head"):
         head.plan(8, dataset)
-    save(Linear(**QUICK)(Conv(8), dataset, extract=HERE), path)
+    save(Linear(**QUICK)(Conv(8), dataset, extract=HERE).heads["miou"], path)
     with pytest.raises(NecoError, match="takes 12 channels, the backbone gives 16"):
         head(Conv(8, dim=16), dataset, extract=HERE)
     dataset.classes = (*dataset.classes[:4], "other")
@@ -295,11 +300,11 @@ def test_a_run_keeps_the_head_and_evaluates_it(tmp_path: Path, cache: Path) -> N
         return json.loads((tmp_path / "results.json").read_text())
 
     (record,) = evaluate()
-    path = tmp_path / record["saved"]
-    assert path.match(f"heads/linear-backbone-0-{record['asked']}-{record['weights']}.safetensors")
+    path = tmp_path / record["saved"]["miou"]
+    assert path.match(f"heads/linear-backbone-0-{record['asked']}-{record['weights']}-miou.safetensors")
     with safetensors.safe_open(path, "pt") as file:
         about = file.metadata()
-    assert about["weights"] == record["weights"] and about["protocol"] == record["protocol"]
+    assert about["weights"] == record["weights"] and about["trained"] == "lr=0.01/epochs=1/drop=20/batch=128"
     assert (about["size"], about["patch"], len(json.loads(about["classes"]))) == ("128", "8", 8)
     path.unlink()
     assert len(evaluate()) == 1 and path.is_file(), "a record without its head is measured again"
@@ -336,6 +341,6 @@ def test_every_option_of_the_yaml_does_something(
     base = options | {"epochs": 3} | more
     before = Linear(**base)(Conv(8), dataset, extract=HERE)
     if key == "head":
-        save(Linear(**base | {"lr": 0.1})(Conv(8), dataset, extract=HERE), Path(OTHERS[key]))
+        save(Linear(**base | {"lr": 0.1})(Conv(8), dataset, extract=HERE).heads["miou"], Path(OTHERS[key]))
     after = Linear(**base | {key: OTHERS[key]})(Conv(8), dataset, extract=HERE)
     assert after.metrics != before.metrics and after.protocol != before.protocol

@@ -228,6 +228,13 @@ def test_what_clip_does_to_pixels_and_between_layers_counts(tmp_path: Path) -> N
         assert not same(net, published)
 
 
+def test_other_rotary_periods_are_another_network(tmp_path: Path) -> None:
+    held = Dinov3(bias=False).state_dict()
+    torch.save({k: torch.full_like(v, 7) if k.endswith("periods") else v for k, v in held.items()}, tmp_path / "x.pth")
+    with pytest.raises(NecoError, match="other periods of rotary positions"):
+        load(backbone("dinov3_vits16"), tmp_path / "x.pth")
+
+
 def test_biases_of_dinov3_are_not_lost(tmp_path: Path) -> None:
     torch.save(Dinov3().state_dict(), tmp_path / "x.pth")
     with pytest.raises(

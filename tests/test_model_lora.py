@@ -105,6 +105,18 @@ def test_file_with_adapters_fills_a_plain_network(tmp_path) -> None:
     assert report.hash == weights_hash(adapted) and "adapters merged into 4" in str(report)
 
 
+def test_adapters_that_do_not_fit_are_named(tmp_path) -> None:
+    state, layer = move(adapt(network("tiny"))).state_dict(), "net.blocks.0.attn.qkv."
+    cases = {
+        r"qkv\.weight do not fit: .*\(3, 2\)": {f"{layer}parametrizations.weight.0.down": torch.ones(3, 2)},
+        r"qkv\.weight is there twice": {f"{layer}weight": torch.ones(2, 2)},
+    }
+    for said, change in cases.items():
+        torch.save(state | change, tmp_path / "adapted.pth")
+        with pytest.raises(NecoError, match=said):
+            load(network("tiny"), tmp_path / "adapted.pth")
+
+
 def test_a_block_without_attention_is_refused() -> None:
     with pytest.raises(NecoError, match="Linear has no attention"):
         lora.adapt(nn.Linear(2, 2), 1, 1.0)

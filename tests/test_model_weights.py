@@ -229,11 +229,11 @@ def test_one_network_in_any_wrapping(saved: Any, layout: str) -> None:
     assert set(report.ignored) == {"mask_token"} | ({"head.weight", "head.bias"} if layout == "classifier" else set())
 
 
-@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "safetensors by another name"])
 def test_file_kinds(tmp_path: Path, kind: str) -> None:
     hub, net = Hub(seed=4), backbone()
     path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
-    if kind == "safetensors":
+    if kind.startswith("safetensors"):
         safetensors.torch.save_file(hub.w, path)
     else:
         torch.save(hub.w, path, _use_new_zipfile_serialization=kind == "zip")
@@ -253,8 +253,65 @@ def test_dino_and_timm_names(saved: Any) -> None:
 
 def test_half_precision_files_fill_a_float32_network(saved: Any) -> None:
     hub, net = Hub(), backbone()
-    load(net, saved({key: value.half() for key, value in hub.w.items()}))
+    assert "stored as float16" in str(load(net, saved({key: value.half() for key, value in hub.w.items()})))
     assert all(torch.equal(p, hub.w[n].half().float()) for n, p in net.net.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_other_than_floating_point_numbers_are_refused(saved: Any, dtype: torch.dtype) -> None:
+    spoiled = {**Hub().w, "norm.bias": torch.ones(D, dtype=dtype)}
+    with pytest.raises(NecoError, match=rf"no plain floating-point numbers for: norm\.bias \({str(dtype)[6:]}\)"):
+        load(backbone(), saved(spoiled))
+
+
+def test_networks_that_were_not_meant_are_named(saved: Any) -> None:
+    held = {"state_dict": prefixed(Hub(seed=1).w, "module."), "state_dict_ema": Hub(seed=2).w}
+    report = load(backbone(), saved(held))
+    assert report.others == ("state_dict_ema",) and "other networks: state_dict_ema" in str(report)
+
+
+QUERY, KEY, VALUE = (f"encoder.layer.0.attention.attention.{part}" for part in ("query", "key", "value"))
+SPOILED = {  # what is done to a file of transformers, what is said
+    "no query bias": (lambda s: s.pop(f"{QUERY}.bias"), r"missing: blocks\.0\.attn\.qkv\.bias"),
+    "no value bias": (lambda s: s.pop(f"{VALUE}.bias"), r"missing: blocks\.0\.attn\.qkv\.bias"),
+    "no key weight": (lambda s: s.pop(f"{KEY}.weight"), r"missing: blocks\.0\.attn\.qkv\.weight"),
+    "rows of another part": (
+        lambda s: s.update({f"{QUERY}.weight": torch.ones(D - 1, D), f"{KEY}.weight": torch.ones(D + 1, D)}),
+        r"left over: blocks\.0\.attn\.q_proj\.weight",
+    ),
+    "other width": (lambda s: s.update({f"{KEY}.weight": torch.ones(D, 3)}), r"left over: blocks\.0\.attn\.k_proj"),
+    "a number": (lambda s: s.update({f"{KEY}.weight": torch.tensor(1.0)}), r"left over: blocks\.0\.attn\.k_proj"),
+    "positions in a map": (
+        lambda s: s.update({"embeddings.position_embeddings": torch.ones(1, D, 37, 37)}), r"shape: pos_embed is",
+    ),
+    "no positions": (
+        lambda s: s.update({"embeddings.position_embeddings": torch.ones(1, 0, D)}), r"shape: pos_embed is",
+    ),
+    "nowhere": (lambda s: s.update({"layernorm.bias": torch.ones(D, device="meta")}), r"no plain .*norm\.bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_parts_that_do_not_go_together_are_named(saved: Any, what: str) -> None:
+    spoil, said = SPOILED[what]
+    held = renamed(three(Hub().w), DINOV2)
+    spoil(held)
+    with pytest.raises(NecoError, match=said) as error:
+        load(backbone(), saved(held))
+    assert "model.size=0" not in str(error.value)
+
+
+def test_fused_parts_that_do_not_go_together_are_named(saved: Any) -> None:
+    for bias in (torch.ones(2), torch.tensor(1.0)):
+        with pytest.raises(NecoError, match=r"shape: blocks\.0\.attn\.qkv\.bias is"):
+            load(backbone(), saved({**Hub().w, "blocks.0.attn.qkv.bias": bias}))
+    with pytest.raises(NecoError, match=r"left over: blocks\.0\.attn\.qkv\.bias_mask"):
+        load(backbone(), saved({**Hub().w, "blocks.0.attn.qkv.bias_mask": torch.ones(2)}))
+
+
+def test_a_tensor_that_is_there_twice_is_no_weight(saved: Any) -> None:
+    with pytest.raises(NecoError, match=r"holds model\.norm\.bias twice"):
+        load(backbone(), saved({"model": Hub().w, "model.norm.bias": torch.zeros(D)}))
 
 
 def test_none_changes_nothing() -> None:

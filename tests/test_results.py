@@ -43,8 +43,18 @@ def test_what_was_asked_otherwise_is_another_number(tmp_path):
         store.add(record(step, value=value, asked="k=4"))
     assert len(store.records) == 4
     assert store.history("retrieval/teacher/miou") == [(0, 0.1), (5, 0.2)]
-    changes = [line.split()[-1] for line in results.table(store.records).splitlines() if "teacher" in line]
+    changes = [line.split()[-1] for line in results.table(store.records).splitlines() if " teacher  " in line]
     assert changes == ["-0.1000", "+0.1000"]
+
+
+SPOILT = {"no step": {"step": None}, "no metrics": {"metrics": []}, "miou is a": {"metrics": {"miou": "a"}}}
+
+
+@pytest.mark.parametrize("said", SPOILT)
+def test_a_record_of_other_types_is_damaged(tmp_path, said):
+    (tmp_path / "results.json").write_text(json.dumps([{**record(0), **SPOILT[said]}]))
+    with pytest.raises(NecoError, match=rf"results\.json is damaged \(.*{said}"):
+        results.Results(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[{", '{"a": 1}', "[1]"])

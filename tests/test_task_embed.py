@@ -116,6 +116,16 @@ def test_a_killed_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob(".features*"))
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_file_is_not_gone_on_without(lost, run, tmp_path):
+    run("embed.shard_mb=0.002")
+    (tmp_path / f"out/features-{lost:05d}.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("features-*")}
+    with pytest.raises(NecoError, match=rf"features-{lost:05d}\.safetensors is gone: remove the later"):
+        run("embed.shard_mb=0.002")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("features-*")} == before
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [("embed.dtype=float32", "values"), ("weights=none", "weights"), ("model.pos_interp=neco", "model")],

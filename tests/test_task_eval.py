@@ -47,6 +47,19 @@ def test_student_and_teacher_of_a_run(train, evaluate):
     assert hashes["student"] != hashes["teacher"]
 
 
+def test_a_key_changes_the_network_of_the_checkpoint_and_an_option_replaces_it(train, evaluate, caplog):
+    folder = train("model.arch.depth=2")
+    how = {"evals": ["retrieval"]}
+    (plain,) = evaluate(f"checkpoint={folder}", folder="plain", **how)
+    (heads,) = evaluate(f"checkpoint={folder}", "model.arch.num_heads=2", folder="heads", **how)
+    assert (plain["spec"]["arch"]["depth"], plain["spec"]["arch"]["num_heads"]) == (2, 4)
+    assert (heads["spec"]["arch"]["depth"], heads["spec"]["arch"]["num_heads"]) == (2, 2)
+    assert heads["weights"] == plain["weights"] and heads["metrics"] != plain["metrics"]
+    assert "another network" not in caplog.text
+    evaluate(f"checkpoint={folder}", "model=tiny", "model.arch.depth=2", "model.pos_interp=neco", folder="other", **how)
+    assert "was made with another network; used here: pos_interp=neco (there hub)" in caplog.text
+
+
 def test_a_misspelt_option_is_told_from_a_file():
     with pytest.raises(NecoError, match=r"ibot_vits17: no such file .*did you mean 'ibot_vits16'\?"):
         load_backbone("ibot_vits17")

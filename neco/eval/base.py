@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -45,6 +45,13 @@ class PatchFeatures(Protocol):
     def __call__(self, images: Tensor, /) -> Tensor: ...
 
 
+class Trained(NamedTuple):
+    """What an evaluation trained: a file of its own in the run folder, with a header that says what it is."""
+
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class Result:
     """What an evaluation found.
@@ -53,16 +60,14 @@ class Result:
         protocol: the name of what was computed. Numbers of different protocols are not comparable.
         metrics: numbers by name, like {"miou_k30": 0.412}.
         details: what is behind each, ready for JSON, like {"miou_k30": {"iou": {"sky": 0.9, ...}}}.
-        tensors: what was trained, on the CPU, if anything was: a file of its own in the run folder.
-        about: what is to be known of the tensors, in that file's header.
+        heads: what was trained, if anything was, by the metric that it has.
         pictures: what is to be seen of `show` images.
     """
 
     protocol: str
     metrics: dict[str, float]
     details: dict[str, Any]
-    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
-    about: Mapping[str, str] = field(default_factory=dict)
+    heads: Mapping[str, Trained] = field(default_factory=dict, compare=False)
     pictures: Sequence[Picture] = field(default=(), compare=False)
 
 

@@ -41,7 +41,7 @@ Batch = tuple[Tensor, Tensor]  # tokens (B, h, w, D) and masks (B, G, G)
 
 GRID, SCALE = 100, (0.8, 1.0)  # published
 HIDDEN = 512  # channels of the FCN head
-ABOUT = ("protocol", "kind", "dim", "classes", "size", "patch", "weights")  # in the header of a saved head
+ABOUT = ("trained", "kind", "dim", "classes", "size", "patch", "weights")  # in the header of a saved head
 LOGITS = 2**27  # held at once when heads are scored
 
 

@@ -22,6 +22,7 @@ from neco.eval.base import (
     Extract,
     PatchFeatures,
     Result,
+    Trained,
     check_protocol,
     generator,
     input_size,
@@ -167,8 +168,8 @@ class Linear:
         `show`: so many images are drawn with what is predicted.
 
         Returns: metric `miou`, with several learning rates `miou_lr<lr>` of each; for a saved head `miou`, `miou_100`
-        and `miou_<size>`. The details hold the IoU of each class, the epoch of the head and the losses. The head behind
-        `miou` is in `tensors`.
+        and `miou_<size>`. The details hold the IoU of each class, the epoch of the head and the losses; `heads` those
+        of all rates.
         """
         extract = extract or Extract()
         if self.head:
@@ -193,10 +194,7 @@ class Linear:
             held_out = {lr: self._miou(matrix) for (lr, _), matrix in score(last, stream, [own], device).items()}
             chosen = max(held_out, key=lambda lr: held_out[lr])
         names = {"miou": chosen} | ({f"miou_lr{lr:g}": lr for lr in self.lrs} if len(self.lrs) > 1 else {})
-        protocol = "/".join([self._protocol(size, own), *part_of_train(dataset)])
-        head = heads[best[chosen]]
         about = {
-            "protocol": protocol,
             "kind": self.head_kind,
             "dim": str(backbone.dim),
             "classes": json.dumps(dataset.classes),
@@ -204,8 +202,15 @@ class Linear:
             "patch": str(backbone.patch),
             "weights": _hash(backbone),
         }
+        trained = {}
+        for name, lr in names.items():
+            if name != "miou" or len(names) == 1:
+                state = {key: value.cpu() for key, value in heads[best[lr]].state_dict().items()}
+                how = "/".join([f"lr={lr:g}", *self._training, *part_of_train(dataset)])
+                trained[name] = Trained(state, {**about, "trained": how})
+        headline = [f"miou=lr{chosen:g}"] * (len(self.lrs) > 1 and not self.choose)
         return Result(
-            protocol,
+            "/".join([self._protocol(size, own), *headline, *part_of_train(dataset)]),
             {name: scores[best[lr]] for name, lr in names.items()},
             {
                 name: {
@@ -217,9 +222,8 @@ class Linear:
                 }
                 for name, lr in names.items()
             },
-            {key: value.cpu() for key, value in head.state_dict().items()},
-            about,
-            _draw(head, matrices[best[chosen], own], dataset, shown(val, show), read, device),
+            trained,
+            _draw(heads[best[chosen]], matrices[best[chosen], own], dataset, shown(val, show), read, device),
         )
 
     def _score_saved(self, path: str, backbone: PatchFeatures, dataset: Dataset, extract: Extract, show: int) -> Result:
@@ -235,9 +239,13 @@ class Linear:
         stream = read(samples=devices.share(val), what="val")
         found = score({path: head.to(device)}, stream, [*dict.fromkeys(((GRID, GRID), size))], device)
         scores = {f"miou_{size_name(at)}": self._miou(matrix) for (_, at), matrix in found.items()}
-        parts = [f"linear_head/{self.compat}/{size_name(size)}", f"at={size_name(own)}", f"head={digest}"] + [
-            "other_weights"
-        ] * other
+        parts = [
+            f"linear_head/{self.compat}/{size_name(size)}",
+            f"at={size_name(own)}",
+            f"head={digest}",
+            about["trained"],
+        ]
+        parts += ["other_weights"] * other
         return Result(
             "/".join(parts + self._dropped),
             {"miou": scores[f"miou_{size_name(own)}"], **scores},
@@ -296,12 +304,15 @@ class Linear:
             f"at={size_name(pixels)}",
             f"head={self.head_kind}",
             f"lr={','.join(f'{lr:g}' for lr in self.lrs)}",
-            f"epochs={self.epochs}",
-            f"drop={self.drop_epoch}",
-            f"batch={self.batch_size}",
+            *self._training,
         ]
-        parts += [f"draws={self.draws}"] * bool(self.draws) + [f"choose={self.choose}"] * bool(self.choose)
-        return "/".join(parts + ["shuffled"] * self.shuffled + self._dropped)
+        return "/".join(parts + [f"choose={self.choose}"] * bool(self.choose) + self._dropped)
+
+    @property
+    def _training(self) -> list[str]:
+        """How heads are trained, but for the rate."""
+        parts = [f"epochs={self.epochs}", f"drop={self.drop_epoch}", f"batch={self.batch_size}"]
+        return parts + [f"draws={self.draws}"] * bool(self.draws) + ["shuffled"] * self.shuffled
 
     @property
     def _dropped(self) -> list[str]:

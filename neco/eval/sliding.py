@@ -58,8 +58,8 @@ class SlidingWindows:
         decoder: what the protocol calls the network.
     """
 
-    def __init__(self, crop: int, *, side: int | None, stride: int, decoder: str = "segmenter") -> None:
-        self.crop, self.side, self.stride, self.decoder = crop, side, stride, decoder
+    def __init__(self, crop: int, *, side: int | None, stride: int, trained: str = "segmenter") -> None:
+        self.crop, self.side, self.stride, self.trained = crop, side, stride, trained
 
     def plan(self, patch: int, dataset: Dataset) -> tuple[str, list[Sample]]:
         """What the numbers depend on: the protocol and the images. Raises NecoError where there are no labels."""
@@ -69,7 +69,7 @@ class SlidingWindows:
     def protocol(self) -> str:
         """Name of what is computed."""
         side = f"side={self.side}" if self.side else f"own_size>={self.crop}"
-        return f"segmentation/{self.decoder}/{side}/window={self.crop}/stride={self.stride}/full_size"
+        return f"segmentation/{self.trained}/{side}/window={self.crop}/stride={self.stride}/full_size"
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(H', W') of an image of (H, W)."""

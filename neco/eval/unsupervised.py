@@ -258,7 +258,8 @@ class Unsupervised:
         best = max((self._communities(points, kept, given, classes, seed, device) for given in tries), key=worth)
         nodes = score(best.maps, best.nodes, "val")
         final = [_matched(nodes, partition, background) for partition in best.partitions]
-        if not any(partition.count for partition in best.partitions):
+        none = not any(partition.count for partition in best.partitions)
+        if none:
             why = "no two clusters are connected, so there are no communities"
             log.warning("%s: lower threshold=%g", why, self.given.threshold)
         mious = [metrics.miou(matrix, self.compat) for matrix in final]
@@ -268,7 +269,7 @@ class Unsupervised:
         plain = metrics.remap(plain, metrics.match_one_to_one(plain, background))
         iou = torch.stack([metrics.class_iou(matrix) for matrix in final]).nanmean(0)
         return Result(
-            "/".join([self._protocol(size, classes), *part_of_train(dataset)]),
+            "/".join([self._protocol(size, classes), *part_of_train(dataset), *["no communities found"] * none]),
             {
                 "miou": fmean(mious),
                 "foreground_iou": _foreground_iou(matrices["val"], precision >= least, background),

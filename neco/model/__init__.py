@@ -19,9 +19,13 @@ def last_checkpoint(source: str) -> str:
     Raises NecoError for a run without any.
     """
     folder = Path(source).expanduser()
-    last, exported = folder / "checkpoints" / "last.ckpt", folder / "model.safetensors"
-    if found := next((path for path in (last, exported) if path.is_file()), None):
+    last = folder / "checkpoints" / "last.ckpt"
+    if found := next((p for p in (last, folder / "model.safetensors", folder / "model.pth") if p.is_file()), None):
         return str(found)
+    if source.endswith(".onnx") or (folder / "model.onnx").is_file():
+        raise NecoError(f"{source} is an ONNX program, which onnxruntime runs; here take another format of it")
+    if (folder / "results.json").is_file() and not last.parent.is_dir():
+        raise NecoError(f"{source} holds an evaluation, no weights: name what it evaluated")
     if (folder / "config.yaml").is_file():
         raise NecoError(f"{source} is a run without a checkpoint: no {last}; it stopped before its first save")
     return source
@@ -29,16 +33,16 @@ def last_checkpoint(source: str) -> str:
 
 def trained_model(source: str | None, trust_pickle: bool = False) -> dict[str, Any] | None:
     """The `model` node that one of our own checkpoints or exported files holds; None for any other source."""
-    if source is None or not source.endswith((".ckpt", ".safetensors")) or not Path(source).is_file():
+    if source is None or not (path := Path(source).expanduser()).is_file():
         return None
-    if source.endswith(".safetensors"):
-        return _sources.header(Path(source)).get("model")
-    held = _sources.contents(Path(source), trust_pickle).get("neco")
+    if _sources.is_safetensors(path):
+        return _sources.header(path).get("model")
+    held = _sources.contents(path, trust_pickle).get("neco")
     return held and held["config"]["model"]
 
 
 def load_backbone(
-    source: str,
+    source: str | Path,
     *,
     weights: Literal["auto", "student", "teacher", "none"] = "auto",
     model: str | None = None,
@@ -58,9 +62,10 @@ def load_backbone(
         NecoError: nothing there, an unknown model, or tensors that don't fit it (listed).
     """
     options = {path.stem: path for path in (config.folder() / "model").glob("*.yaml")}
+    source = str(source)
     if model is None and source in options:
         model, source = source, ""
-    source = last_checkpoint(source)
+    source = last_checkpoint(source) if source else ""
     if source and not source.startswith(("http://", "https://")) and not timm.is_model(source):
         try:
             _sources.locate(source, "")  # it must be there

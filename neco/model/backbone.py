@@ -142,7 +142,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> patch tokens of the last block after the final norm, (B, h, w, D).
 
-        Raises NecoError when H or W is not a multiple of the patch.
+        Raises NecoError for other tensors, and when H or W is not a multiple of the patch.
         """
         tokens, rope, (h, w) = self._embed(images)
         for block in self.net.blocks:
@@ -195,6 +195,9 @@ class Backbone(nn.Module):
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """Tokens (B, T, D) before the first block, rotary embedding or None, (h, w)."""
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            given = f"{tuple(images.shape)} of {images.dtype}".replace("torch.", "")
+            raise NecoError(f"images (B, 3, H, W) of normalised floating-point numbers are wanted, not {given}")
         height, width = images.shape[-2:]
         if height % self.patch or width % self.patch:
             raise NecoError(f"images of {height}x{width} pixels: both must be multiples of the patch, {self.patch}")

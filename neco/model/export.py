@@ -9,7 +9,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,13 +131,20 @@ def timm_config(network: Backbone) -> dict[str, Any]:
     return {"architecture": name, **shown, "pretrained_cfg": pretrained, "model_args": given}
 
 
-def write(network: Backbone, node: dict[str, Any], form: Format, path: Path) -> str:
+def write(
+    network: Backbone,
+    node: dict[str, Any],
+    form: Format,
+    path: Path,
+    beside: Callable[[str], Mapping[str, str]] = lambda told: {},
+) -> str:
     """Write the weights, whole or not at all, and read them again; says what was compared.
 
     Args:
         network: on the CPU, in evaluation mode.
         node: of the configuration, which builds the network; `.safetensors` and `.onnx` files hold it.
         path: with the suffix of `FILES[form]`.
+        beside: given what was compared, the texts of other files in that folder, which come with the weights.
 
     Raises:
         NecoError: `check` finds fault, or what was read again is not what was written; then nothing is kept.
@@ -162,10 +169,16 @@ def write(network: Backbone, node: dict[str, Any], form: Format, path: Path) -> 
             if (found := weights.load(again, str(part)).hash) != digest:
                 raise NecoError(f"{path}: weights {digest} were written and {found} were read")
             told = _compare(network, again, [(1, 0, 0)], 0)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    return f"weights {digest}, {told}"
+        told = f"weights {digest}, {told}"
+        for name, text in beside(told).items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        files = sorted(Path(folder).iterdir(), key=lambda file: file == part)  # the weights last
+        for written in files:
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+        for written in files:
+            written.replace(path.with_name(written.name))
+    return told
 
 
 @torch.no_grad()

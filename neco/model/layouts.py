@@ -108,9 +108,15 @@ IGNORABLE = (  # (keys, why a backbone does without them)
 DROPPED = (r"reg_token", "registers=drop")
 
 
+def begins(key: str) -> str | None:
+    """What the keys of a network begin with, if this is the one that tells."""
+    found = re.search(LANDMARK, key)
+    return key[: found.start()] if found else None
+
+
 def recognise(held: Mapping[str, Tensor], source: str = "file") -> tuple[str, dict[str, str]]:
     """Name of the layout and, for each network found in it, what its keys begin with; the authors' choice first."""
-    prefixes = [key[: found.start()] for key in held if (found := re.search(LANDMARK, key))]
+    prefixes = [prefix for key in held if (prefix := begins(key)) is not None]
     for layout in FORMATS:
         places = {r: [p for p in prefixes if re.fullmatch(pattern, p)] for r, pattern in layout.networks.items()}
         if not any(places.values()) or not any(re.search(layout.sign, key) for key in held):
@@ -135,13 +141,30 @@ def match(backbone: Backbone, held: Mapping[str, Tensor], where: str) -> tuple[d
         if key in state:
             raise NecoError(f"{where} holds {key} twice, once as {given}")
         state[key] = value[(None,) * (3 - value.ndim)] if key in ("cls_token", "pos_embed") else value
+    loose = [key for key, value in state.items() if key in wanted and (value.is_meta or value.layout != torch.strided)]
+    loose += [key for key, value in state.items() if key in wanted and not value.is_floating_point()]
+    if loose:
+        kinds = ", ".join(f"{key} ({state[key].dtype})".replace("torch.", "") for key in loose[:10])
+        raise NecoError(f"{where} holds no plain floating-point numbers for: {kinds}")
     zero = _attention(state, wanted)
+    rope = getattr(backbone.net, "rope", None)
+    periods = next((value for key, value in state.items() if re.fullmatch(r"rope_embed(dings)?\.periods", key)), None)
+    if (
+        periods is not None
+        and (own := getattr(rope, "periods", None)) is not None
+        and (
+            periods.shape != own.shape
+            or not torch.allclose(periods.float(), own.float(), rtol=1e-2)  # kept in bfloat16
+        )
+    ):
+        raise NecoError(f"{where} has other periods of rotary positions than {backbone.spec['name']} computes")
     reasons = (*IGNORABLE, DROPPED) if backbone.spec["registers"] == "drop" else IGNORABLE
     ignored = {key: why for key in sorted(set(state) - set(wanted)) for keys, why in reasons if re.fullmatch(keys, key)}
     state = {key: value for key, value in state.items() if key not in ignored}
     ignored |= dict.fromkeys(zero, "zero, and the network has none")
     pos = state.get("pos_embed")
-    if pos is not None and backbone.net.no_embed_class and "cls_token" in state and _side(pos.shape[1] - 1):
+    own_cls = pos is not None and pos.ndim == 3 and _side(pos.shape[1] - 1)
+    if pos is not None and backbone.net.no_embed_class and "cls_token" in state and own_cls:
         # timm keeps no position for CLS beside registers: x + pos is the same with the sum as the token
         state |= {"cls_token": state["cls_token"] + pos[:, :1], "pos_embed": pos[:, 1:]}
 
@@ -157,9 +180,6 @@ def match(backbone: Backbone, held: Mapping[str, Tensor], where: str) -> tuple[d
         raise NecoError(
             f"{where} does not fit {backbone.spec['name']}: {len(faults)} keys\n  {shown}{_hint(backbone, state)}"
         )
-    sparse = [key for key in wanted if state[key].layout != torch.strided]
-    if sparse:
-        raise NecoError(f"{where} holds sparse tensors: {', '.join(sparse[:10])}")
     broken = [key for key in wanted if not state[key].float().isfinite().all()]
     if broken:
         raise NecoError(f"{where} has values that are not finite in {len(broken)} tensors: {', '.join(broken[:10])}")
@@ -173,13 +193,17 @@ def _attention(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[s
     """
     zero = []
     for attn in [key.removesuffix("q_proj.weight") for key in state if key.endswith(".attn.q_proj.weight")]:
-        if f"{attn}qkv.weight" in wanted:
-            biases = [state.pop(f"{attn}{part}_proj.bias", None) for part in "qkv"]
-            state[f"{attn}qkv.weight"] = torch.cat([state.pop(f"{attn}{part}_proj.weight") for part in "qkv"])
-            if (given := next((bias for bias in biases if bias is not None), None)) is not None:
-                state[f"{attn}qkv.bias"] = torch.cat([torch.zeros_like(given) if b is None else b for b in biases])
+        if (whole := wanted.get(f"{attn}qkv.weight")) is not None:
+            rows, width = len(whole) // 3, whole.shape[1]
+            _join(state, attn, "weight", (rows, width))
+            if f"{attn}q_proj.bias" in state:
+                state.setdefault(f"{attn}k_proj.bias", state[f"{attn}q_proj.bias"].new_zeros(rows))
+            _join(state, attn, "bias", (rows,))
     for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
-        bias, mask = state[key], state.pop(f"{key}_mask", None)
+        bias, mask = state[key], state.get(f"{key}_mask")
+        if bias.ndim != 1 or len(bias) % 3 or (mask is not None and mask.shape != bias.shape):
+            continue  # `match` names what does not fit
+        state.pop(f"{key}_mask", None)
         if mask is not None:  # DINOv3 hub: 0 for the keys, where the bias may be anything
             state[key] = bias = torch.where(mask == 0, 0, bias)
         queries, keys, values = bias.chunk(3)
@@ -193,9 +217,16 @@ def _attention(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[s
     return zero
 
 
+def _join(state: dict[str, Tensor], attn: str, kind: str, shape: tuple[int, ...]) -> None:
+    """Queries, keys and values as one tensor, where there are all three and each has its shape."""
+    names = [f"{attn}{part}_proj.{kind}" for part in "qkv"]
+    if all(name in state and state[name].shape == shape for name in names):
+        state[f"{attn}qkv.{kind}"] = torch.cat([state.pop(name) for name in names])
+
+
 def _side(tokens: int) -> int:
     """Side of the square grid with that many tokens, or 0."""
-    side = math.isqrt(tokens)
+    side = math.isqrt(max(0, tokens))
     return side if side * side == tokens else 0
 
 
@@ -209,7 +240,9 @@ def _hint(backbone: Backbone, state: Mapping[str, Tensor]) -> str:
         return "\nthe file has no norm of patches, as after fine-tuning with mean pooling: take the pretrained one"
     pos, patch = state.get("pos_embed"), state.get("patch_embed.proj.weight")
     fits = patch is not None and patch.shape == net.patch_embed.proj.weight.shape
-    if fits and pos is not None and net.pos_embed is not None and pos.shape[1] != net.pos_embed.shape[1]:
+    if fits and pos is not None and net.pos_embed is not None and pos.ndim == 3 and pos.shape[1] > 1:
         side = _side(pos.shape[1]) or _side(pos.shape[1] - 1)
+        if not side or pos.shape[1] == net.pos_embed.shape[1]:
+            return ""
         return f"\nthe file's positions are for model.size={side * backbone.patch} (inputs may have any size)"
     return ""

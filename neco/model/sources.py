@@ -74,7 +74,7 @@ def contents(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     """What a weights file or checkpoint holds. Raises NecoError for one that is damaged, of another kind or unsafe."""
     zipped = zipfile.is_zipfile(path)
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             return safetensors.torch.load_file(path)
         if zipped and _is_program(path):
             if not trust_pickle:
@@ -114,6 +114,12 @@ def header(path: Path) -> dict[str, Any]:
         return {}
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is one, whatever its name: the length of a header, and that."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
 def _is_program(path: Path) -> bool:
     """Whether an archive is one of TorchScript."""
     with zipfile.ZipFile(path) as archive:
@@ -144,13 +150,19 @@ def _flatten(tree: Any, path: str = "", depth: int = 0) -> dict[str, Tensor]:
     if depth > 30:
         raise NecoError(f"a file of weights holds itself, or is nested too deep: {path[:60]}...")
     items = tree.items() if isinstance(tree, dict) else ()  # no other mapping: OmegaConf's would resolve what it holds
-    return {k: v for key, value in items for k, v in _flatten(value, f"{path}.{key}".lstrip("."), depth + 1).items()}
+    flat: dict[str, Tensor] = {}
+    for key, value in items:
+        found = _flatten(value, f"{path}.{key}".lstrip("."), depth + 1)
+        if twice := flat.keys() & found.keys():
+            raise NecoError(f"a file of weights holds {min(twice)} twice")
+        flat |= found
+    return flat
 
 
 def _unreachable(what: str, error: Exception) -> NecoError:
     return NecoError(
         f"cannot download {what}: {error}. Give a local file (checkpoint=PATH or model.weights=PATH), "
-        "or start from random weights (model.weights=none)"
+        "or start from random weights (weights=none)"
     )
 
 

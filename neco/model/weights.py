@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from neco.config import call
 from neco.errors import NecoError
 from neco.model import lora
 from neco.model.backbone import Backbone
-from neco.model.layouts import match, recognise
-from neco.model.sources import Damaged, cache_of, locate, read
+from neco.model.layouts import begins, match, recognise
+from neco.model.sources import Damaged, cache_of, header, locate, read
 
 Which = Literal["auto", "student", "teacher"]
 
@@ -23,7 +24,8 @@ class Report:
 
     `hash` is `weights_hash` of the backbone afterwards, `ignored` maps keys of the network that were not needed to
     the reason, `outside` counts the tensors of the file that belong to something else (other networks, optimiser),
-    `merged` the weights that had adapters.
+    `others` says where other networks begin, `merged` counts the weights that had adapters, `stored` names the types of
+    those that are no float32.
     """
 
     source: str
@@ -34,6 +36,8 @@ class Report:
     ignored: dict[str, str] = field(default_factory=dict)
     outside: int = 0
     merged: int = 0
+    others: tuple[str, ...] = ()
+    stored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.matched:
@@ -45,6 +49,8 @@ class Report:
             left += f", {', '.join(keys[:3])}{more} ignored ({why})"
         network = "" if self.which == "only" else f", {self.which}"
         outside = f", {self.outside} tensors of other parts" if self.outside else ""
+        outside += f" (other networks: {', '.join(self.others)})" if self.others else ""
+        outside += f", stored as {', '.join(self.stored)}" if self.stored else ""
         merged = f", adapters merged into {self.merged}" if self.merged else ""
         told = f"{self.matched} matched{merged}{left}{outside}"
         return f"weights {self.hash}: {self.source} ({self.format}{network}), {told}"
@@ -85,11 +91,16 @@ def load(
         raise NecoError(f"weights={which}: {source} holds {found}; use weights=auto")
     prefix = networks[role]
     inside = {key.removeprefix(prefix): value for key, value in held.items() if key.startswith(prefix)}
-    folded = lora.fold(inside)
+    folded = call(lora.fold, f"{source} ({layout})", state=inside)
     state, ignored = match(backbone, folded, f"{source} ({layout})")
     backbone.net.load_state_dict(state)
-    outside, merged = len(held) - len(inside), len(folded.keys() - inside.keys())
-    return Report(source, layout, role, weights_hash(backbone), len(state), ignored, outside, merged)
+    digest, noted = weights_hash(backbone), header(path).get("weights")
+    if noted not in (None, digest) and not ignored:
+        raise Damaged(f"{path} is damaged: its weights are {digest} and not {noted}, which were written")
+    others = tuple(p.rstrip(".") for key in held if (p := begins(key)) is not None and p != prefix)
+    stored = tuple(sorted({str(value.dtype).removeprefix("torch.") for value in state.values()} - {"float32"}))
+    counts = len(held) - len(inside), len(folded.keys() - inside.keys())
+    return Report(source, layout, role, digest, len(state), ignored, *counts, others, stored)
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -73,7 +73,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         pages.page(path, f"{name}: {settings.run.show} images a split", pictures(dataset, job.views, settings))
         log.info("wrote       %s", path)
     if useless:
-        raise NecoError(f"{', '.join(useless)} cannot be used: {next(iter(useless.values()))[0].splitlines()[0]}")
+        raise NecoError(f"{', '.join(useless)} cannot be used: {first(next(iter(useless.values()))[0])}")
 
 
 def splits(dataset: Dataset) -> tuple[dict[str, Look], dict[str, str]]:
@@ -84,8 +84,13 @@ def splits(dataset: Dataset) -> tuple[dict[str, Look], dict[str, str]]:
             found[split] = inspect(dataset, split)
         except NecoError as error:
             wanted = split in ("train", "val")
-            lacking[split] = f"{split}: {error if wanted else str(error).splitlines()[0]}"
+            lacking[split] = f"{split}: {error if wanted else first(str(error))}"
     return found, lacking
+
+
+def first(text: str) -> str:
+    """The first line of an error, without what introduces the second."""
+    return text.splitlines()[0].removesuffix(". Looked in")
 
 
 def verdict(dataset: Dataset, found: dict[str, Look]) -> tuple[list[str], list[str]]:

@@ -24,6 +24,7 @@ from neco.model.weights import Which, locate
 from neco.schema import Trainings
 
 log = logging.getLogger(__name__)
+FREE = ("_target_", "weights", "drop_path")  # keys of a model that make no other network
 
 
 def choose_device(name: str) -> torch.device:
@@ -93,15 +94,33 @@ def source_of_weights(settings: Settings) -> tuple[str | None, Which]:
 
 
 def model_of(settings: Settings, source: str | None) -> dict[str, Any]:
-    """The `model` node: of the command line, or that with which `source` was made.
+    """The `model` node: that with which `source` was made, `model.KEY=VALUE` changed in it; or the one that was chosen.
 
     Raises NecoError for a file that does not say it where nothing was chosen.
     """
-    if any(settings.chosen(group) for group in ("model", "experiment", "sweep")) or source in (None, "none"):
-        return settings.config["model"]
-    if held := trained_model(source, settings.run.trust_pickle):
+    given, known = settings.config["model"], source not in (None, "none")
+    named = any(re.match(r"[+~]*(model|experiment|sweep)[=@]", override) for override in settings.overrides)
+    held = trained_model(source, settings.run.trust_pickle) if known else None
+    if held and not named:
+        for override in settings.overrides:
+            if found := re.match(r"[+~]*model\.([\w.]+)", override):
+                _copy(given, held, *found[1].split("."))
         return held
-    raise NecoError(f"checkpoint={source} does not say which network it is: add model=NAME (--help lists them)")
+    if held and (differ := [key for key in {**given, **held} if key not in FREE and given.get(key) != held.get(key)]):
+        told = ", ".join(f"{key}={given.get(key)} (there {held.get(key)})" for key in differ)
+        log.warning("checkpoint=%s was made with another network; used here: %s", source, told)
+    if known and not named:
+        raise NecoError(f"checkpoint={source} does not say which network it is: add model=NAME (--help lists them)")
+    return given
+
+
+def _copy(source: Mapping[str, Any], target: dict[str, Any], key: str, *more: str) -> None:
+    """The value at a path of keys."""
+    if more:
+        target[key] = dict(target.get(key) or {})
+        _copy(source.get(key) or {}, target[key], *more)
+    else:
+        target[key] = source.get(key)
 
 
 def outline(model: Mapping[str, Any] | None) -> Any:
@@ -115,7 +134,8 @@ def check_evaluations(settings: Settings, dataset: Dataset, network: Backbone) -
 
     Raises NecoError for what would end one of them.
     """
-    sizes = {}
+    sizes, node = {}, "val_dataset" if settings.config.get("val_dataset") else "dataset"
+    call(dataset.samples, node, split="val")  # what it lacks is not the evaluations' fault
     for name, evaluation in settings.build_all("eval").items():
         sizes[name] = call(evaluation.plan, f"eval.{name}", patch=network.patch, dataset=dataset)[0]
         if getattr(evaluation, "attends", False):

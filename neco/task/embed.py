@@ -142,20 +142,25 @@ class Shards:
         self.folder, self.asked, self.options = folder, asked, options
         self.done = self.count = 0
         self.bad: list[tuple[str, str]] = []
-        for _, held in self.headers():
+        for name, held in self.headers():
             differs = [name for name in asked if held["asked"].get(name) != asked[name]]
             if differs:
                 what = ", ".join(differs)
                 raise NecoError(f"run_dir={folder} holds features of other {what}; give task=embed one of its own")
+            if name != self._next() or held["start"] != self.done:
+                raise NecoError(f"{folder / self._next()} is gone: remove the later ones, {name} and on, then go on")
             self.done, self.count = held["end"], self.count + 1
             self.bad += held["bad"]
         self._start()
 
     def _start(self) -> None:
-        self.rows: list[Tensor] = []
+        self.start, self.rows = self.done, list[Tensor]()
         self.images: list[tuple[str, int, int]] = []
         self.new: list[tuple[str, str]] = []
         self.bytes = 0
+
+    def _next(self) -> str:
+        return f"features-{self.count:05d}.safetensors"
 
     def headers(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Name and header of each complete shard."""
@@ -186,8 +191,8 @@ class Shards:
         """Write what was added since the last shard, whole or not at all."""
         if not self.images and not self.new:
             return
-        about = {"asked": self.asked, "end": self.done, "images": self.images, "bad": self.new}
-        path = self.folder / f"features-{self.count:05d}.safetensors"
+        about = {"asked": self.asked, "start": self.start, "end": self.done, "images": self.images, "bad": self.new}
+        path = self.folder / self._next()
         part = path.with_name(f".{path.name}.tmp")
         rows = torch.cat(self.rows) if self.rows else torch.zeros(0, 1)
         with part.open("wb") as file:  # save_file's would be for the owner only

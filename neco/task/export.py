@@ -69,19 +69,27 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         backbone = build(job.model, "model")
         report = weights.load(backbone, job.source, job.which, trust_pickle=run.trust_pickle)
         log.info("%s: %s", job.model["name"], report)
-        records = [record for record in job.records if record["weights"] == report.hash]
+        spec = json.loads(json.dumps(backbone.spec))  # heads and such, which no hash of weights shows
+        same = {"weights": report.hash, "spec": spec}
+        records = [record for record in job.records if same.items() <= record.items()]
         if run.results and not records:
             others = ", ".join(dict.fromkeys(record["weights"] for record in job.records))
             raise NecoError(
-                f"results={run.results}: no number of weights {report.hash} there, but of {others or 'none'}"
+                f"results={run.results}: no number of weights {report.hash} in this network there, but of "
+                f"{others or 'none'}"
             )
-        told = export.write(backbone.eval().requires_grad_(False), job.model, run.format, target)
+        way = trained(job.run)
+
+        def beside(told: str) -> dict[str, str]:
+            text = card.card(backbone, job.model, run.format, target.name, report, told, records, way)
+            config = json.dumps(export.timm_config(backbone), indent=2) + "\n"
+            return {"README.md": text} | ({"config.json": config} if run.format == "timm" else {})
+
+        try:
+            told = export.write(backbone.eval().requires_grad_(False), job.model, run.format, target, beside)
+        except OSError as error:
+            raise NecoError(f"cannot write {target}: {error.strerror or error}") from error
         log.info("wrote       %s: %s", target, told)
-        if run.format == "timm":
-            about = json.dumps(export.timm_config(backbone), indent=2)
-            results.write(target.with_name("config.json"), about + "\n")
-        told = card.card(backbone, job.model, run.format, target.name, report, told, records, trained(job.run))
-        results.write(target.with_name("README.md"), told)
         log.info("wrote       %s", target.with_name("README.md"))
 
 
@@ -95,8 +103,11 @@ def _free(target: Path, form: export.Format) -> None:
 
 def trained(run: Path | None) -> card.Training | None:
     """How a run's weights were made, from its config; None without a run, or where it trained nothing."""
-    held = yaml.safe_load((run / "config.yaml").read_text()) if run else {}
-    if not run or held.get("task") not in card.TASKS:
+    try:
+        held = yaml.safe_load((run / "config.yaml").read_text()) if run else None
+    except (yaml.YAMLError, UnicodeDecodeError):  # of somebody else
+        held = None
+    if not run or not isinstance(held, dict) or held.get("task") not in card.TASKS:
         return None
     defaults, here = flat(config.load(f"task={held['task']}").config), flat(held)
     shown = {

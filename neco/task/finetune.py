@@ -13,7 +13,7 @@ from neco.config import Settings, call
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.dataset.inspect import inspect
 from neco.errors import NecoError
-from neco.eval.base import labelled
+from neco.eval.base import labelled, part_of_train
 from neco.eval.sliding import SlidingWindows
 from neco.model.backbone import Backbone
 from neco.schema import Finetune
@@ -74,7 +74,10 @@ def prepare(settings: Settings) -> Job:
     samples = call(dataset.samples, "dataset", split="train")
     if len(dataset.classes) < 2:
         found = f"one class, {dataset.classes[0]}" if dataset.classes else "no labels"
-        raise NecoError(f"dataset={name} has {found}: choose a labelled set, like shapes, camvid, voc or ade20k")
+        raise NecoError(
+            f"dataset={name} has {found}: choose a labelled set, like shapes, camvid, voc or ade20k; of your own: "
+            "dataset=folder with dataset.masks and dataset.classes"
+        )
     for split in ("train", "val"):
         call(labelled, "dataset", dataset=dataset, split=split)
     crop = _crop(options, network.patch, dataset)
@@ -96,8 +99,9 @@ def prepare(settings: Settings) -> Job:
         if seen.sizes and not seen.pixels[:-1].any():
             raise NecoError(f"dataset: {split}: all pixels of {len(seen.sizes)} masks looked at are ignored (255)")
     crops = JointCrop(crop, side=side, scale=options.scale, flip=options.flip, jitter=options.jitter, ignore=IGNORE)
-    windows = SlidingWindows(crop, side=side, stride=stride, decoder=options.decoder)
     plan = Plan(sum(seen for _, seen in shares), options)
+    how = [options.decoder, f"steps={plan.steps}", f"batch={options.images}", f"lr={settings.spine['optim'].lr:g}"]
+    windows = SlidingWindows(crop, side=side, stride=stride, trained="/".join([*how, *part_of_train(dataset)]))
     return Job(dataset, samples, shares, limits, crops, windows, network, plan, device)
 
 

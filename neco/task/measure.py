@@ -17,7 +17,7 @@ from neco import gallery
 from neco.config import Settings, option, options
 from neco.dataset.base import Dataset, Sample
 from neco.dataset.files import stamp
-from neco.eval.base import Extract, Result, input_size
+from neco.eval.base import Extract, Result, Trained, input_size
 from neco.eval.pictures import shown
 from neco.logger.base import Trackers
 from neco.model import sources
@@ -101,7 +101,8 @@ def measure(
                 about = {**origins[network], "fraction": share(_node(settings).get("fraction") or 1.0)}
                 if dataset.counts.get("val", 0) != len(dataset.samples("val")):
                     about["state"] = ""  # a part of the images
-                found.append({**record, **about, "network": network})
+                spec = getattr(getattr(backbone, "backbone", backbone), "spec", None)  # heads and such, not in the hash
+                found.append({**record, **about, "network": network, "spec": spec})
                 store.add(found[-1])
                 trackers.tell("evaluation", found[-1])
         if show:
@@ -132,8 +133,11 @@ def _state(item: Any) -> Any:
 
 def _incomplete(record: Mapping[str, Any], run: Path, show: int) -> bool:
     """Whether pictures are wanted that were not drawn, or files that the record speaks of are gone."""
-    files = [record.get("saved"), *(picture["file"] for picture in record.get("pictures", []) if show)]
-    return bool(show and record.get("show") != show) or any(file and not (run / file).is_file() for file in files)
+    files = [
+        *(record.get("saved") or {}).values(),
+        *(picture["file"] for picture in record.get("pictures", []) if show),
+    ]
+    return bool(show and record.get("show") != show) or any(not (run / file).is_file() for file in files)
 
 
 def _run(
@@ -153,10 +157,11 @@ def _run(
     seconds, peak = time.monotonic() - start, memory.peak(device) / memory.GB
     cost = {"seconds": round(seconds, 2), "peak_memory_gb": round(peak, 3)}
     record = {"protocol": result.protocol, "metrics": result.metrics, "details": result.details, **cost}
-    if result.tensors:
-        record["saved"] = f"heads/{name}.safetensors"
-        if store.writes:
-            save(result, store.path.parent / f"heads/{name}.safetensors")
+    if result.heads:
+        files = {head: f"heads/{name}-{head}.safetensors" for head in result.heads}
+        record["saved"] = files
+        for head, file in files.items() if store.writes else ():
+            save(result.heads[head], store.path.parent / file)
     if show:
         record |= {"show": show, "pictures": []}
         if store.writes:
@@ -185,10 +190,10 @@ def _show(
         log.info("pictures    %s", gallery.write(store.path.parent, store.records, dataset, some))
 
 
-def save(result: Result, path: Path) -> None:
+def save(head: Trained, path: Path) -> None:
     """Write what an evaluation trained, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(safetensors.torch.save(dict(result.tensors), dict(result.about)))
+    temporary.write_bytes(safetensors.torch.save(dict(head.tensors), dict(head.about)))
     temporary.replace(path)
     log.info("trained head  %s", path)

@@ -164,7 +164,7 @@ class Run:
 
         module.saved = self.saved
         startup.mark("networks")
-        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
         warnings.filterwarnings("ignore", module=r"PIL\.")  # broken metadata of images that can be read
         logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
         trainer = pl.Trainer(

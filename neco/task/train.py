@@ -221,4 +221,4 @@ def _advise(settings: Settings, job: Job, output: Path) -> None:
     same += [o for o in settings.overrides if o.startswith(("eval=", "eval."))]
     result = "teacher" if settings.spine["train"].teacher == "ema" else "student"
     wanted = ["task=eval", f"weights={result}", f"checkpoint={output}", f"dataset={job.val_name}", *same]
-    log.info("to evaluate by the full protocol:  python -m neco %s", shlex.join(wanted))
+    log.info("to evaluate it again:  python -m neco %s", shlex.join(wanted))
