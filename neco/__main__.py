@@ -1,13 +1,15 @@
 """`python -m neco`: compose conf/, validate all of it, run the task."""
 
+import contextlib
 import importlib
 import logging
 import os
 import re
-import shlex
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from neco import config, interrupt, startup
@@ -29,16 +31,18 @@ examples
 def usage() -> str:
     """The groups and their options, each with the first comment of its file; imports nothing heavy."""
     lines = [USAGE + "groups"]
-    for group in ("task", "model", "dataset", "eval", "loss", "augment", "logger", "experiment", "sweep"):
+    for group in ("task", "model", "dataset", "eval", "loss", "augment", "logger", "experiment", "sweep", *HYDRA):
         for index, name in enumerate(config.options(group)):
             text = config.find(group, name).read_text()
             comments = (line[2:] for line in text.splitlines() if line.startswith("# "))
             about = next((line for line in comments if not line.startswith("@package")), "")
-            lines.append(f"  {group if not index else '':<11} {name:<20} {about}".rstrip())
+            lines.append(f"  {group if not index else '':<14} {name:<20} {about}".rstrip())
     lines.append("\nkeys: python -m neco task=train --cfg job      errors with a traceback: debug=true")
     return "\n".join(lines)
 
 
+HYDRA = ("hydra/launcher", "hydra/sweeper")
+MODES = {"-m", "--multirun", "-c", "--cfg", "--info"}
 started = False
 failure: NecoError | None = None
 
@@ -59,49 +63,69 @@ def job(cfg: Any) -> float | None:
         return None
 
 
+def settings(cfg: Any, hydra: Any) -> config.Settings:
+    """The validated configuration of a job."""
+    from neco.launch import plain
+
+    return config.validate(plain(cfg), choices(hydra), list(hydra.overrides.task))
+
+
+def choices(hydra: Any) -> dict[str, Any]:
+    return {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra/")}
+
+
+@contextlib.contextmanager
+def traced(hydra: Any) -> Iterator[None]:
+    """Errors say where the value was set."""
+    try:
+        yield
+    except NecoError as error:
+        node, key = re.match(r"([^=:]*)(?:: (\w+)=)?", str(error)).groups()  # type: ignore[union-attr]
+        if place := config.origin(f"{node}.{key}" if key else node, list(hydra.overrides.task), choices(hydra)):
+            raise NecoError(f"{error} [from {place}]") from error
+        raise
+
+
 @interrupt.handled()
 def run(cfg: Any) -> float | None:
     """One job: validate, then hand over to `neco.task.<task>`; returns the objective of a sweep."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
 
     from neco import progress
+    from neco.launch import again
 
     startup.begin()
     hydra = HydraConfig.get()
-    choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra/")}
     overrides = list(hydra.overrides.task)
     output = Path(hydra.runtime.output_dir)
     try:
-        if "TORCHELASTIC_RUN_ID" in os.environ and not any(o.startswith("run_dir=") for o in overrides):
+        torchrun = "TORCHELASTIC_RUN_ID" in os.environ and "SUBMITIT_EXECUTOR" not in os.environ
+        if torchrun and not any(o.startswith("run_dir=") for o in overrides):
             raise NecoError("run_dir: the processes of torchrun must share one folder; name it with run_dir=runs/NAME")
-        settings = config.validate(OmegaConf.to_container(cfg, resolve=True), choices, overrides)  # type: ignore[arg-type]
-        task = importlib.import_module(f"neco.task.{settings.run.task}")
-        startup.mark("imports")
-        progress.every = settings.run.log_seconds
-        prepared = task.prepare(settings)
-        startup.mark("checks")
-    except NecoError as error:
+        with traced(hydra):
+            chosen = settings(cfg, hydra)
+            task = importlib.import_module(f"neco.task.{chosen.run.task}")
+            startup.mark("imports")
+            progress.every = chosen.run.log_seconds
+            prepared = task.prepare(chosen)
+            startup.mark("checks")
+    except NecoError:
         if output.is_dir() and not any(output.iterdir()):  # Hydra made it before anything was known to be wrong
             output.rmdir()
-        node, key = re.match(r"([^=:]*)(?:: (\w+)=)?", str(error)).groups()  # type: ignore[union-attr]
-        if place := config.origin(f"{node}.{key}" if key else node, overrides, choices):
-            raise NecoError(f"{error} [from {place}]") from error
         raise
     from neco import devices  # imports torch, as the task did
 
     if not devices.leader():
         logging.getLogger("neco").setLevel(logging.WARNING)
     try:
-        return task.main(settings, prepared, output)
+        return task.main(chosen, prepared, output)
     except interrupt.Interrupted as stop:
         last = output / "checkpoints" / "last.ckpt"
         saved = f"saved in {last}" if last.is_file() else f"what is done is in {output}"
         if hydra.mode == RunMode.MULTIRUN:  # all of it: jobs that are done stay so
             overrides, output = sys.argv[1:], Path(hydra.sweep.dir)
-        again = [*(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={output}"]
-        stop.args = (f"{stop}; {saved}. To go on: python -m neco {shlex.join(again)}",)
+        stop.args = (f"{stop}; {saved}. {again(overrides, output)}",)
         raise
 
 
@@ -183,12 +207,25 @@ def main() -> None:
             for path in config.user_folders():
                 search_path.append("neco-user", f"options://{path}")
 
+    from neco import launch, search
+
     SourcesRegistry.instance().register(Options)
-    Plugins.instance().register(UserFolders)
+    for plugin in (UserFolders, launch.Launcher, search.Optuna):
+        Plugins.instance().register(plugin)
+    elsewhere: Any = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))  # Hydra takes none from here
+    elsewhere.neco = SimpleNamespace(Launcher=launch.Launcher, Optuna=search.Optuna)
+    if any(a.startswith(tuple(f"{group}=" for group in HYDRA)) for a in arguments) and not MODES & set(arguments):
+        sys.argv.append("-m")  # else Hydra would leave them out
+    launch.failed.clear()
     debug = "debug=true" in arguments or bool(os.environ.get("NECO_DEBUG"))
     try:
         version = {} if hydra.__version__ >= "1.4" else {"version_base": "1.3"}
         hydra.main(config_path=str(config.folder()), config_name="config", **version)(job)()
+        if failed := launch.failed:
+            told = "\n".join(f"  {folder}: {message}" for _, folder, message in failed)
+            raise NecoError(
+                f"jobs that did not end well: {len(failed)}. {launch.again(arguments, failed[0][0])}\n{told}"
+            )
         if failure:
             raise failure
     except Exception as error:

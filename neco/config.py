@@ -225,7 +225,7 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
 
     Raises NecoError for the first thing that is wrong. Reads no data and allocates no network.
     """
-    config = dict(config)
+    config = {name: node for name, node in config.items() if name != "launcher"}  # neco.launch reads it
     top = {field.name for field in dataclasses.fields(Run)}
     known = top | SPINE.keys() | set(LEAVES) | set(LISTS)
     for name in config:

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: an end that says how to go on. Training puts it off to the end of the step, to save that."""
+"""Signals: an end that says how to go on. Training puts it off to the end of the step, to save that.
+
+Ctrl-C, SIGTERM, and SIGUSR2, by which SLURM and submitit say that a job's time is nearly up.
+"""
 
 import contextlib
 import os
@@ -7,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 GRACE = 30  # seconds that a data worker goes on after a SIGTERM, which may be meant for its parent
 
 
@@ -15,7 +18,7 @@ class Interrupted(BaseException):
     """A signal ended the program. No Exception, so that nothing on the way takes it for an error of its own."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"{'stopped' if number == signal.SIGTERM else 'interrupted'} ({signal.Signals(number).name})")
+        super().__init__(f"{'interrupted' if number == signal.SIGINT else 'stopped'} ({signal.Signals(number).name})")
         self.code = 128 + number
 
 
@@ -86,5 +89,6 @@ def held() -> Iterator[None]:
 def ignore(worker: int) -> None:
     """For data workers: they end when their parent does, or some time after they were told to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))

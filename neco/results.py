@@ -196,6 +196,12 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join([columns([[row[i] for i in shown] for row in (head, *cells)]), *dict.fromkeys(below)])
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """A table of GitHub's kind."""
+    head, *body = ("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n"
+
+
 def columns(rows: list[list[str]]) -> str:
     """Rows of text as aligned columns, the first row underlined."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -119,6 +119,13 @@ Trainings = Train | Finetune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What all sweeps have in common; `neco.launch` heeds it."""
+
+    skip_done: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     """AdamW, its learning rates (to 0: cosine or, with a power, (1 - part done)^power) and weight decay (cosine)."""
 
@@ -165,4 +172,4 @@ class Run:
     results: list[str] = dataclasses.field(default_factory=list)
 
 
-SPINE: dict[str, type] = {"train": Train, "finetune": Finetune, "optim": Optim, "embed": Embed}
+SPINE: dict[str, type] = {"train": Train, "finetune": Finetune, "optim": Optim, "embed": Embed, "sweep": Sweep}

@@ -1,5 +1,7 @@
-"""What the runs of a sweep say together."""
+"""What the jobs of a sweep say together."""
 
+import csv
+import io
 import json
 import statistics
 from pathlib import Path
@@ -7,52 +9,79 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from neco.results import columns, write
+from neco.results import columns, markdown, write
+
+STATUS = "status.json"  # of a job: how it ended, its objective or message, its overrides, a digest of its configuration
 
 
 class Summary(Callback):
-    """Prints `summary` when several jobs are done, and keeps it as summary.txt in their folder."""
+    """Prints the table when several jobs are done."""
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        text = summary(folder)
-        write(folder / "summary.txt", f"{text}\n")
-        print(f"\n{text}\n\nwrote  {folder / 'summary.txt'}")
+        if [*folder.glob(f"*/{STATUS}")] and not config.get("launcher", {}).get("detach"):
+            print(f"\n{summary(folder)}\n\nwrote  {folder / 'summary.txt'}, .md, .csv")
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """What the status.json of a job says; empty where there is none."""
+    path = folder / STATUS
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def summary(folder: Path) -> str:
-    """The numbers of all runs in the folder, a line for each network: mean and standard deviation over the seeds.
+    """The table of all jobs in the folder; written there as summary.txt and .md, the numbers of each job as .csv.
 
-    Runs are told apart by their overrides; those that differ in the seed alone are one line. Where runs have several
-    steps their number is the change from the first to the last, the first line says what was before, and those that
-    have only begun are left out.
+    A line for each network of the jobs that differ in the seed alone: mean and standard deviation. Where jobs have
+    several steps their number is the change from the first to the last, the first line says what was before. Jobs that
+    have not ended well are lines of their own.
     """
-    found = {path.parent: json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))}
-    steps = {run: sorted({r["step"] for r in records}) for run, records in found.items()}
-    trained = any(len(several) > 1 for several in steps.values())
-    done = [run for run in found if len(steps[run]) > trained]
-    if not done:
-        return f"(no results in {folder})"
-    said = {run: (run / "overrides.txt").read_text().splitlines() for run in done}
-    common = set.intersection(*map(set, said.values()))
+    said = {path.parent: status(path.parent) for path in folder.glob(f"*/{STATUS}")}
+    jobs = sorted(said, key=lambda job: (said[job]["job"], job.name))
+    files = {job: job / "results.json" for job in jobs}
+    found = {job: json.loads(files[job].read_text()) if files[job].is_file() else [] for job in jobs}
+    done = [job for job in jobs if said[job]["status"] == "done"]
+    trained = any(len({r["step"] for r in found[job]}) > 1 for job in done)
+    common = set.intersection(*(set(said[job]["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
     before: list[dict[str, float]] = []
-    lines: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for run in done:
-        name = " ".join(o for o in said[run] if o not in common and not o.startswith("seed=")) or "all"
-        for network in dict.fromkeys(r["network"] for r in found[run]):
-            first, last = (_numbers(found[run], steps[run][place], network) for place in (0, -1))
+    lines: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    table: list[dict[str, Any]] = []
+    last: dict[str, Any]
+    for job in jobs:
+        own = [o for o in said[job]["overrides"] if o not in common]
+        about = {"folder": job.name, "runs": " ".join(own), **{k: said[job].get(k) for k in ("status", "objective")}}
+        for network in dict.fromkeys(r["network"] for r in found[job]) or [""]:
+            steps = [r["step"] for r in found[job]] or [0]
+            first, last = (_numbers(found[job], step, network) for step in (min(steps), max(steps)))
+            earlier = {f"{metric} before": value for metric, value in first.items()} if trained else {}
+            table.append({**about, "network": network, **last, **earlier, "message": said[job].get("message", "")})
+            if job not in done:
+                continue
             if trained:
-                if first not in before:  # of student and teacher, and of runs with one seed, the same
+                if first and first not in before:  # of student and teacher, and of runs with one seed, the same
                     before.append(first)
                 last = {metric: value - first[metric] for metric, value in last.items() if metric in first}
-            lines.setdefault((name, network), []).append(last)
+            elif not last and about["objective"] is not None:
+                last = {"objective": about["objective"]}
+            name = " ".join(o for o in own if not o.startswith("seed=")) or "all"
+            lines.setdefault((name, network, "done"), []).append(last)
+        if job not in done:
+            lines[" ".join(own) or job.name, "", said[job]["status"]] = []
     metrics = list(dict.fromkeys(metric for values in lines.values() for each in values for metric in each))
-    rows = [["runs", "network", *metrics]]
+    rows = [["runs", "network", "status", *metrics]]
     if trained:
-        rows.append(["before", "", *(_spread([v[m] for v in before if m in v]) for m in metrics)])
+        rows.append(["before", "", "", *(_spread([v[m] for v in before if m in v]) for m in metrics)])
     for label, values in lines.items():
         rows.append([*label, *(_spread([v[m] for v in values if m in v], "+" if trained else "") for m in metrics)])
-    return columns(rows)
+    protocols = dict.fromkeys(f"protocol  {r['evaluation']}: {r['protocol']}" for job in done for r in found[job])
+    below = ["(n): runs, mean ± standard deviation", *protocols]
+    text, sheet = "\n".join([columns(rows), *below]) if jobs else f"(no jobs in {folder})", io.StringIO()
+    writer = csv.DictWriter(sheet, dict.fromkeys(key for row in table for key in row), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    for name, content in (("txt", f"{text}\n"), ("md", "\n".join([markdown(rows), *(f"- {line}" for line in below), ""])), ("csv", sheet.getvalue())):
+        write(folder / f"summary.{name}", content)
+    return text
 
 
 def _numbers(records: list[dict[str, Any]], step: int, network: str) -> dict[str, float]:

@@ -1,5 +1,6 @@
-"""A sweep: one run for each combination, and what they say together."""
+"""A sweep: one run for each combination, by every launcher and sweeper, and what they say together."""
 
+import csv
 import json
 import signal
 import subprocess
@@ -12,16 +13,18 @@ from conftest import SMALL, losses
 
 from neco import config
 from neco.errors import NecoError
-from neco.sweep import summary
+from neco.launch import name
+from neco.sweep import status, summary
 
 
-def run(folder, name, overrides, *numbers):
-    """Overrides and results of a run: the student's miou at step 0, 5, ..."""
+def run(folder, name, overrides, *numbers, status="done"):
+    """Status and results of a run: the student's miou at step 0, 5, ..."""
     place = folder / name
     place.mkdir()
-    (place / "overrides.txt").write_text("".join(f"{o}\n" for o in ("sweep=loss", *overrides)))
+    said = {"status": status, "job": 0, "objective": None, "overrides": ["sweep=loss", *overrides]}
+    (place / "status.json").write_text(json.dumps(said))
     records = [
-        {"step": 5 * i, "network": "student", "evaluation": "retrieval", "metrics": {"miou": number}}
+        {"step": 5 * i, "network": "student", "evaluation": "retrieval", "protocol": "p", "metrics": {"miou": number}}
         for i, number in enumerate(numbers)
     ]
     (place / "results.json").write_text(json.dumps(records))
@@ -31,19 +34,25 @@ def test_summary_is_mean_and_deviation_over_seeds(tmp_path):
     run(tmp_path, "a0", ["loss=a", "seed=0"], 0.25, 0.9, 0.5)
     run(tmp_path, "a1", ["loss=a", "seed=1"], 0.5, 0.9, 1.0)
     run(tmp_path, "b0", ["loss=b", "seed=0"], 0.25, 0.125)
-    run(tmp_path, "b1", ["loss=b", "seed=1"], 0.25)  # has only begun
+    run(tmp_path, "b1", ["loss=b", "seed=1"], 0.25, status="queued")
     lines = [line.split("  ") for line in summary(tmp_path).splitlines()]
     found = {line[0].strip(): line[-1].strip() for line in lines}
     assert found["loss=a"] == "+0.3750 ± 0.1768 (2)" and found["loss=b"] == "-0.1250 (1)"
     assert found["before"] == "0.3750 ± 0.1768 (2)" and "retrieval/miou" in found["runs"]
+    assert found["loss=b seed=1"] == "queued"
+    assert "| loss=a | student | done | +0.3750 ± 0.1768 (2) |" in (tmp_path / "summary.md").read_text()
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        rows = {row["folder"]: row for row in csv.DictReader(file)}
+    assert rows["a1"]["retrieval/miou"] == "1.0" and rows["a1"]["retrieval/miou before"] == "0.5"
+    assert rows["b1"]["status"] == "queued" and len(rows) == 4
 
 
 def test_summary_of_runs_with_one_step_is_their_number(tmp_path):
     run(tmp_path, "0", ["model=x"], 0.25)
     run(tmp_path, "1", ["model=y"], 0.5)
     said = summary(tmp_path)
-    assert "model=x  student  0.2500 (1)" in said and "before" not in said and "sweep=loss" not in said
-    assert "no results" in summary(tmp_path / "0")
+    assert "model=x  student  done    0.2500 (1)" in said and "before" not in said and "sweep=loss" not in said
+    assert "no jobs" in summary(tmp_path / "0")
 
 
 TINY = (*SMALL, "train.steps=2", "eval=overcluster", "eval.overcluster.k=4", "loss.grid=3", "run_dir=out")
@@ -53,18 +62,154 @@ def test_a_sweep_is_its_runs_and_a_table(inside, tmp_path):
     few = ["hydra.sweeper.params.loss='neco,cosine'", "hydra.sweeper.params.seed='3'"]
     code, said = inside("sweep=loss", *few, *TINY)
     assert code == 0, said
-    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} == {"neco-3", "cosine-3"}
-    assert losses(tmp_path / "out/neco-3") != losses(tmp_path / "out/cosine-3")
+    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} == {
+        f"seed-3+loss-{loss}" for loss in ("neco", "cosine")
+    }
+    assert losses(tmp_path / "out/seed-3+loss-neco") != losses(tmp_path / "out/seed-3+loss-cosine")
     table = said[said.index("runs  ") :].splitlines()[:7]
-    assert [line.split()[0] for line in table[2:]] == ["before", *["loss=cosine"] * 2, *["loss=neco"] * 2]
+    assert [line.split()[0] for line in table[2:]] == ["before", *["loss=neco"] * 2, *["loss=cosine"] * 2]
     assert all(line.endswith("(1)") for line in table[2:])
-    assert (tmp_path / "out/summary.txt").read_text().splitlines() == said[said.index("runs  ") :].splitlines()[:7]
+    whole = said[said.index("runs  ") :].splitlines()[:9]
+    assert whole[7].startswith("(n): runs") and whole[8].startswith("protocol  overcluster: overcluster/standard/")
+    assert (tmp_path / "out/summary.txt").read_text().splitlines() == whole
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    (
+        (["model=tiny", "eval.overcluster.k=9", "seed=0"], "model-tiny+k-9"),
+        (["eval.overcluster.k=9", "+eval.linear.k=[1,null]"], "eval.overcluster.k-9+eval.linear.k-1_null"),
+        (["seed=0"], "."),
+    ),
+)
+def test_a_job_is_called_what_it_changes(overrides, wanted):
+    changing = {"model", "eval.overcluster.k", "+eval.linear.k"}
+    assert name(overrides, changing) == wanted
+    assert config.load(f"checkpoint=runs/{wanted}").run.checkpoint == f"runs/{wanted}", "Hydra takes it unquoted"
+
+
+def test_names_are_short_and_tell_all_jobs_apart():
+    several = [[f"model={'x' * 200}{i}", f"optim.lr=0.00012345678{i}", "checkpoint=a/b c.pth"] for i in range(3)]
+    names = [name(job, {"model", "optim.lr", "checkpoint"}) for job in several]
+    assert len({*names}) == 3 and all(len(n) <= 100 and "/" not in n for n in names)
+    assert names[0] == name([*several[0], "run_dir=out"], {"model", "optim.lr", "checkpoint"})
+    assert name(["lr=0.000123456789"], {"lr"}).startswith("lr-0.000123-")
+
+
+def test_one_that_fails_does_not_end_the_others_and_those_done_are_left_out(inside, tmp_path):
+    jobs = ["-m", *TINY, "eval.overcluster.k=4,many", "checkpoint=null"]
+    code, said = inside(*jobs)
+    assert code == 2 and "jobs that did not end well: 1. To go on: python -m neco -m" in said
+    assert "out/k-many: failed: eval.overcluster.k='many'" in said.replace(str(tmp_path), "")
+    assert "error: eval.overcluster.k='many'" in (tmp_path / "out/k-many/log.txt").read_text()
+    done = status(tmp_path / "out/k-4")
+    assert done["status"] == "done" and 0 < done["objective"] < 1
+    assert "many" in (tmp_path / "out/summary.csv").read_text()
+    again = [o.replace("many", "5") for o in jobs]
+    code, said = inside(*again)
+    assert code == 0 and "done before  out/k-4" in said and status(tmp_path / "out/k-5")["status"] == "done"
+    code, said = inside(*again, "train.steps=3")  # another job in the same place
+    assert code == 2 and "done before" not in said and "train.steps: 2 -> 3" in said
+    code, said = inside(*again, "sweep.skip_done=false")
+    assert code == 0 and "done before" not in said and said.count("all 2 steps are done") == 2
+
+
+def test_a_fault_of_the_program_in_a_job_is_told_with_its_traceback(inside, tmp_path, monkeypatch):
+    from neco.task import train
+
+    def broken(settings):
+        return {}[settings.run.seed]
+
+    monkeypatch.setattr(train, "prepare", broken)
+    code, said = inside("-m", *TINY, "seed=0,1")
+    assert code == 2 and said.count("Traceback") == 2 and "out/seed-1: failed: KeyError: 1" in said
+
+
+def test_several_devices_in_a_sweep_need_a_launcher(inside, tmp_path):
+    code, said = inside("-m", *TINY, "seed=0,1", "train.devices=2")
+    assert code == 2 and "2 devices for a job of a sweep" in said and "hydra/launcher=local" in said
+    assert "torchrun" in said and not (tmp_path / "out/seed-0").exists()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "key", "message"),
+    (
+        ("slurm", "launcher.partion=main", "launcher.partion: no such key; did you mean 'partition'?"),
+        ("slurm", "launcher.time=soon", "launcher.time='soon': input should be a valid integer"),
+        ("local", "launcher.time=1", "launcher.signal_seconds=90 is more than launcher.time=1.0 has"),
+        ("local", "launcher.detach=true", "launcher.detach: no such key"),
+    ),
+)
+def test_wrong_keys_of_a_launcher_are_told_before_anything_is_started(inside, tmp_path, cluster, key, message):
+    code, said = inside(f"hydra/launcher={cluster}", *TINY, "seed=0,1", key)
+    assert code == 2 and message in said and not (tmp_path / "out/.submitit").exists()
+
+
+def test_slurm_that_is_not_there(inside, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    code, said = inside("hydra/launcher=slurm", *TINY)
+    assert code == 2 and "there is no sbatch here; hydra/launcher=local needs no SLURM" in said
+
+
+@pytest.mark.slow
+def test_jobs_as_processes(neco, tmp_path):
+    wrong = str(tmp_path / "none.pth")
+    jobs = [
+        "hydra/launcher=local",
+        *SMALL,
+        "run_dir=out",
+        "train.steps=2",
+        "device=cpu",
+        "train.devices=2",
+        "launcher.parallel=2",
+    ]
+    done = neco(*jobs, f"checkpoint=null,{wrong}", "weights=auto", ok=False)
+    ended = {path.parent.name: status(path.parent)["status"] for path in tmp_path.glob("out/*/status.json")}
+    assert ended.pop("checkpoint-null") == "done" and [*ended.values()] == ["failed"], done.stderr
+    assert done.stderr.count("none.pth: no such file") >= 2 and "jobs that did not end well: 1" in done.stderr
+    good = tmp_path / "out/checkpoint-null"
+    assert len(losses(good)) == 2 and "2 processes (ddp)" in (good / "output_0.txt").read_text()
+    assert len([*good.glob("output_*.txt")]) == 2 and "| done |" in (tmp_path / "out/summary.md").read_text()
+
+
+SEARCH = ("hydra/sweeper=optuna", *TINY, "optim.head_lr=choice(1e-3,-1)", "optim.lr=tag(log, interval(1e-5, 1e-2))")
+
+
+def test_search(inside, tmp_path):
+    optuna = pytest.importorskip("optuna")
+    code, said = inside(*SEARCH, "loss.grid=range(2, 4)", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2")
+    study = optuna.load_study(study_name="neco", storage=f"sqlite:///{tmp_path / 'out/study.db'}")
+    states = [trial.state.name for trial in study.trials]
+    assert len(states) == 4 and {*states} == {"COMPLETE", "FAIL"}, said
+    assert all((t.state.name == "FAIL") == (t.params["optim.head_lr"] == "-1") for t in study.trials)
+    assert all(1e-5 <= t.params["optim.lr"] <= 1e-2 and t.params["loss.grid"] in (2, 3) for t in study.trials)
+    best = yaml.safe_load((tmp_path / "out/best.yaml").read_text())
+    assert best["value"] == study.best_value == max(t.value for t in study.trials if t.value is not None)
+    assert status(tmp_path / best["folder"])["objective"] == best["value"]
+    assert code == 2 and f"jobs that did not end well: {states.count('FAIL')}" in said
+    # the same command goes on, with other trials; one that was cut short first
+    cut = study.ask({"optim.head_lr": study.trials[0].distributions["optim.head_lr"]})
+    study.tell(cut.number, state=optuna.trial.TrialState.FAIL)
+    inside(*SEARCH, "loss.grid=range(2, 4)", "hydra.sweeper.n_trials=6")
+    values = [trial.params.get("optim.lr") for trial in study.trials]
+    assert len(values) == len({*values}) == 6
+
+
+def test_search_needs_optuna_and_something_to_search(inside, monkeypatch):
+    code, said = inside("hydra/sweeper=optuna", *TINY)
+    assert code == 2 and "nothing to search" in said
+    code, said = inside("hydra/sweeper=optuna", *TINY, "seed=0,1", "hydra.sweeper.n_trials=0")
+    assert code == 2 and "hydra.sweeper.n_trials=0: input should be greater" in said
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    code, said = inside(*SEARCH)
+    assert code == 2 and "pip install 'neco[optuna]'" in said
 
 
 SWEPT = {  # where the values are too large for here
     "train_data": "shapes",
     "batch_size": "2,4",
     "grid": "2,3",
+    "k": "null,4",
     "paper_eval": "shapes",
     "loss": "neco,leopart",
 }
@@ -77,6 +222,8 @@ def test_every_sweep_changes_one_thing_and_runs(name, inside, tmp_path):
     (key,) = (key for key in params if key not in ("seed", "model"))
     values = SWEPT.get(name, str(params[key]).strip("'"))
     small = [o for o in SMALL if not o.startswith(f"{key}=")] + ["train.steps=2", "seed=0"]
+    if name == "k":
+        small = ["dataset.train=6", "dataset.val=5", "weights=none", "eval.overcluster.seeds=[0]"]
     if name == "paper_eval":
         dropped = [f"eval.{e}.drop_last=2" for e in ("linear", "overcluster", "retrieval")]
         small = ["dataset.train=6", "dataset.val=5", "weights=none", "eval.linear.epochs=1", *dropped]
@@ -85,7 +232,9 @@ def test_every_sweep_changes_one_thing_and_runs(name, inside, tmp_path):
     assert code == 0, said
     runs = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
     assert len(runs) == {"steepness": 5, "crop_scale": 3}.get(name, len(values.split(",")))
-    if name == "paper_eval":
+    if name == "k":
+        assert {run.name for run in runs} == {"k-null", "k-4"}
+    elif name == "paper_eval":
         metrics = [r["metrics"] for r in json.loads((runs[0] / "results.json").read_text())]
         assert [*map(len, metrics)] == [1, 2, 1] and metrics[1].keys() == {"miou_k8", "miou_k9"}
     else:
@@ -113,10 +262,11 @@ def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, cache):
     command = [sys.executable, "-m", "neco", "sweep=loss", *TINY[:-1], "train.steps=500", "run_dir=out"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     limit = time.monotonic() + 120
-    while not (tmp_path / "out/neco-0/metrics.csv").is_file():
+    while not (tmp_path / "out/seed-0+loss-neco/metrics.csv").is_file():
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "python -m neco sweep=loss" in said and said.rstrip().endswith("run_dir=out")
-    assert not (tmp_path / "out/shuffled-0").exists()
+    assert not (tmp_path / "out/seed-0+loss-shuffled").exists()
+    assert status(tmp_path / "out/seed-0+loss-neco")["status"] == "stopped"

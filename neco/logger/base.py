@@ -15,7 +15,17 @@ from neco.results import Results, comparison
 
 Ended = Literal["success", "failed", "interrupted"]
 Table = Sequence[Sequence[Any]]  # rows, the first of them names
-PLACES = ("run_dir", "data_root", "cache_dir", "device", "debug", "logger", "log_seconds")  # they make no other run
+PLACES = (
+    "run_dir",
+    "data_root",
+    "cache_dir",
+    "device",
+    "debug",
+    "logger",
+    "log_seconds",
+    "launcher.",
+    "sweep.",
+)  # they make no other run
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from neco import published
 from neco.config import Settings
 from neco.errors import NecoError
-from neco.results import Results, columns, write
+from neco.results import Results, columns, markdown, write
 
 log = logging.getLogger(__name__)
 HEAD = ["run", "model", "weights", "data set", "evaluation", "metric"]
@@ -88,9 +88,3 @@ def table(run: Path) -> Iterator[list[str]]:
             beside = [(f"{p.percent:.1f} ({p.source})", f"{100 * value - p.percent:+.1f}{mark}") for p in known]
             for pair in beside or [("", "")]:
                 yield [*line, *pair, record["protocol"]]
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table of GitHub's kind."""
-    head, *body = ("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n"

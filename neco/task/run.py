@@ -41,6 +41,7 @@ FREE = {
     "extract",
     "logger",
     "log_seconds",
+    "sweep",
     "eval",
     "val_dataset",
     "dataset.root",

@@ -1,0 +1,168 @@
+"""Who runs the jobs of a sweep outside of its process: this machine, or SLURM. The schema of `launcher`, too."""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import submitit
+from annotated_types import Le
+from submitit.core.utils import UncompletedJobError
+
+from neco.errors import NecoError
+from neco.values import NonNegative, Positive, PositiveFloat
+
+if TYPE_CHECKING:
+    from neco.launch import Job
+
+POLL = 10  # seconds between two questions to SLURM
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Local:
+    """`hydra/launcher=local`: each job a process for each device, some jobs at once, each with GPUs of its own."""
+
+    parallel: Positive | None
+    time: PositiveFloat | None
+    signal_seconds: NonNegative
+    requeues: Annotated[NonNegative, Le(5)]  # submitit has no more
+
+    def __post_init__(self) -> None:
+        if self.time and self.signal_seconds >= 60 * self.time:
+            raise NecoError(f"launcher.signal_seconds={self.signal_seconds} is more than launcher.time={self.time} has")
+
+    def parameters(self, job: "Job") -> dict[str, Any]:
+        """What submitit is told."""
+        minutes = self.time or 10 * 365 * 24 * 60
+        return {"timeout_min": minutes, "tasks_per_node": job.devices, "signal_delay_s": self.signal_seconds}
+
+    def start(self, waiting: list["Job"], running: dict["Job", Any], folder: Path) -> None:
+        """Move jobs from `waiting` to `running`, as many as there are places for."""
+        import torch
+
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+        width = max(job.devices for job in [*waiting, *running])
+        places = range(self.parallel or max(1, len(gpus) // width))
+        while waiting and (free := [place for place in places if place not in {job.place for job in running}]):
+            job = waiting.pop(0)
+            job.place = free[0]
+            own = (gpus[(job.place * width + i) % len(gpus)] for i in range(job.devices if gpus else 0))
+            job.gpus = [*dict.fromkeys(own)]
+            executor = submitit.LocalExecutor(folder, max_num_timeout=self.requeues)
+            executor.update_parameters(stderr_to_stdout=True, **self.parameters(job))
+            # A terminal sends Ctrl-C to all its processes; these are told by `stop`, and once.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            running[job] = executor.submit(job)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def ended(self, started: Any, status: str | None) -> bool:
+        """Whether a job is over, which says `status` itself."""
+        return started.done()
+
+    def stop(self, started: Any) -> None:
+        """Let a job save, and end it."""
+        os.kill(int(started.job_id), signal.SIGTERM)  # submitit's own way leaves it a second
+
+    def fate(self, started: Any) -> str:
+        """What became of a job that left no word."""
+        return "ended without a word"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slurm(Local):
+    """`hydra/launcher=slurm`: arrays, one task a GPU. A job is known by its number, which outlives this process."""
+
+    parallel: Positive
+    time: Positive
+    requeues: NonNegative
+    detach: bool
+    partition: str | None
+    account: str | None
+    constraint: str | None
+    qos: str | None
+    gpus: NonNegative | Literal["auto"]
+    cpus: Positive | Literal["auto"]
+    mem_gb: PositiveFloat | None
+    setup: list[str]
+    extra: dict[str, Any] | None
+
+    def parameters(self, job: "Job") -> dict[str, Any]:
+        gpus = (job.config.device != "cpu") * job.devices if self.gpus == "auto" else self.gpus
+        cpus = 1 + job.workers if self.cpus == "auto" else self.cpus
+        same = {key: getattr(self, key) for key in ("partition", "account", "constraint", "qos", "time", "setup")}
+        return {
+            **same,
+            "job_name": f"neco-{Path(job.config.hydra.sweep.dir).name}",
+            "nodes": job.nodes,
+            "ntasks_per_node": job.devices,
+            "gpus_per_node": gpus or None,
+            "cpus_per_task": cpus,
+            "mem": f"{self.mem_gb * 1024:.0f}M" if self.mem_gb else None,
+            "signal_delay_s": self.signal_seconds,
+            "array_parallelism": self.parallel,
+            "additional_parameters": self.extra,
+            # From SLURM 22.05 on srun has to be told the CPUs, too. A process that is left alone would wait for ever.
+            "srun_args": [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"],
+        }
+
+    def start(self, waiting: list["Job"], running: dict["Job", Any], folder: Path) -> None:
+        """Submit all, those that ask for the same as one array."""
+        if waiting and not shutil.which("sbatch"):
+            raise NecoError("hydra/launcher=slurm: there is no sbatch here; hydra/launcher=local needs no SLURM")
+        groups: dict[str, list[Job]] = {}
+        for job in waiting:
+            groups.setdefault(repr((job.options, job.options.parameters(job))), []).append(job)
+        waiting.clear()
+        for jobs in groups.values():
+            options = jobs[0].options
+            executor = submitit.SlurmExecutor(folder, max_num_timeout=options.requeues)
+            executor.update_parameters(stderr_to_stdout=True, **options.parameters(jobs[0]))
+            try:
+                started = executor.submit_array(jobs)
+            except UncompletedJobError as error:
+                raise NecoError(f"hydra/launcher=slurm: {str(error).strip().splitlines()[-1]}") from error
+            running.update({job: queued.job_id for job, queued in zip(jobs, started, strict=True)})
+
+    def ended(self, started: str, status: str | None) -> bool:
+        return status in ("done", "failed") or not listed(started)  # one that was stopped may be queued again
+
+    def stop(self, started: str) -> None:
+        subprocess.run(["scancel", started], check=False)
+
+    def fate(self, started: str) -> str:
+        found = re.search(r"JobState=(\w+) Reason=(\w+)", told(started))
+        return f"ended as {found.group(1)} ({found.group(2)})" if found else super().fate(started)
+
+
+_queue: tuple[float, list[str]] = 0.0, []
+
+
+def listed(job: str) -> bool:
+    """Whether SLURM has it in its queue. (sacct, which submitit asks, would need SLURM's accounting.)"""
+    global _queue
+    if job not in _queue[1] or time.monotonic() - _queue[0] > POLL:
+        command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+        asked = subprocess.run(command, capture_output=True, text=True)
+        if asked.returncode:
+            return True  # a controller that does not answer for a while
+        _queue = time.monotonic(), asked.stdout.split()
+    return job in _queue[1]
+
+
+def told(job: str) -> str:
+    """What SLURM knows about a job; of one that ended minutes ago nothing."""
+    return subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+
+
+def preempted(job: str) -> bool:
+    """Whether SLURM wants the place for another: a job that ends in time for that is not queued again by itself."""
+    return os.environ["SUBMITIT_EXECUTOR"] == "slurm" and bool(re.search(r"PreemptTime=\d", told(job)))
+
+
+CLUSTERS = {"local": Local, "slurm": Slurm}

@@ -1,0 +1,330 @@
+"""The jobs of a sweep: named, left out when done, run here or submitted. One that fails does not end the others."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+from hydra._internal.callbacks import Callbacks
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
+from hydra.plugins import launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from submitit.core.utils import UncompletedJobError
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+
+from neco import interrupt
+from neco.cluster import CLUSTERS, Slurm, preempted
+from neco.config import check
+from neco.errors import NecoError
+from neco.results import write
+from neco.sweep import STATUS, status
+
+REQUEUE = 128 + signal.SIGUSR2
+failed: list[tuple[Path, Path, str]] = []  # the folders of the sweep and of the job, what became of it
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A run of a sweep in a folder of its own; called, it is one of its processes that submitit started.
+
+    Attributes:
+        config: of this run, with Hydra's.
+        command: of the sweep, as sys.argv.
+        options: of the launcher that submits it.
+        place: which of the jobs at once it is, and `gpus`, which it may use (all if empty).
+        said: what its status.json says.
+    """
+
+    config: DictConfig
+    command: list[str]
+    options: Any = None
+    place: int = 0
+    gpus: Sequence[str] = ()
+    said: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.hydra.sweep.dir, self.config.hydra.sweep.subdir)
+
+    @property
+    def training(self) -> Any:
+        """The node that says how it trains, if it does."""
+        return self.config.get("train") or self.config.get("finetune") or {}
+
+    @property
+    def workers(self) -> int:
+        """Data workers of each process."""
+        return (self.training or self.config.get("extract") or {}).get("workers", 0)
+
+    @property
+    def nodes(self) -> int:
+        return self.training.get("nodes", 1)
+
+    @property
+    def devices(self) -> int:
+        """Processes on each node: where the task has no key for it, the GPUs that are asked for."""
+        gpus = getattr(self.options, "gpus", 1)
+        return self.training.get("devices", gpus if gpus != "auto" else 1) or 1
+
+    def digest(self) -> str:
+        """Of all that can change what comes out."""
+        settings = {k: v for k, v in plain(self.config).items() if k not in ("sweep", "launcher", "run_dir", "debug")}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def note(self, how: str, **said: Any) -> None:
+        """Write status.json. Of several processes the one that fails first does it: the others follow from that."""
+        hydra = self.config.hydra
+        job = {"job": hydra.job.num, "overrides": list(hydra.overrides.task), "config": self.digest()}
+        self.said = {"status": how, **said, **job}
+        if status(self.folder).get("status") != "failed" if how == "failed" else leads():
+            write(self.folder / STATUS, json.dumps(self.said, indent=1) + "\n")
+
+    def run(self, task: Callable[[Any], Any]) -> None:
+        """The job in this process."""
+
+        def kept(config: Any) -> None:
+            try:
+                self.note("done", objective=task(config))
+            except Exception as error:
+                expected = isinstance(error, NecoError | OmegaConfBaseException) and not config.debug
+                self.note("failed", message=str(error) if expected else f"{type(error).__name__}: {error}")
+                logging.getLogger("neco").error("error: %s", error if expected else traceback.format_exc())
+
+        context = HydraContext(config_loader=None, callbacks=Callbacks())  # type: ignore[arg-type]
+        _ = run_job(kept, self.config, "hydra.sweep.dir", "hydra.sweep.subdir", context).return_value
+
+    def __call__(self) -> None:
+        from neco.__main__ import job
+
+        here = submitit.JobEnvironment()
+        # As torchrun has it, for Lightning and for us: Lightning's own handling of SLURM would queue the job, too.
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        os.environ["TORCHELASTIC_RUN_ID"] = here.job_id
+        if self.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        output = os.open(self.folder / f"output_{here.global_rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.argv = self.command
+        setup_globals()
+        self.note("running", id=here.job_id)
+        try:
+            self.run(job)
+            if self.said["status"] == "failed":
+                raise SystemExit(1)  # SLURM ends the other processes
+        except interrupt.Interrupted as stop:
+            if here.global_rank:
+                raise SystemExit(0) from None  # any other end would kill the first, which is not through
+            if stop.code != REQUEUE and not preempted(here.job_id):
+                self.note("stopped", message=str(stop).split(". To go on")[0])
+                raise SystemExit(stop.code) from None
+            try:
+                signal.raise_signal(signal.SIGUSR2)  # submitit's handler, now that all is saved: queues it again
+            except UncompletedJobError as error:
+                self.note("stopped", message=str(error))
+                raise
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit runs after a requeue: the same, which goes on."""
+        return DelayedSubmission(self)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration without Hydra's, resolved."""
+    nodes = {str(key): config[key] for key in config if key != "hydra"}
+    return {k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for k, v in nodes.items()}
+
+
+def again(overrides: Iterable[str], folder: Any) -> str:
+    """The command that goes on."""
+    same = [o for o in overrides if not o.startswith("run_dir=")]
+    return f"To go on: python -m neco {shlex.join([*same, f'run_dir={folder}'])}"
+
+
+def name(overrides: Sequence[str], changing: set[str]) -> str:
+    """What a job changes as the name of a folder, which shells and Hydra take unquoted; `.` where it is nothing."""
+    pairs = [(key.lstrip("+~"), value) for key, _, value in (o.partition("=") for o in overrides) if key in changing]
+    last = [key.rpartition(".")[2] for key, _ in pairs]
+    parts, whole = [], True
+    for (key, value), short in zip(pairs, last, strict=True):
+        bare = re.sub(r"[\[\](){}'\" ]", "", value).replace(",", "_")
+        safe = re.sub(r"[^\w.@-]", "_", bare)
+        if len(safe) > 8 and re.fullmatch(r"-?\d+\.\d+(e-?\d+)?", safe):
+            safe = f"{float(safe):.3g}"
+        whole &= safe == bare
+        parts.append(f"{short if last.count(short) == 1 else key}-{safe}")
+    text = "+".join(parts)
+    if whole and len(text) <= 100:
+        return text or "."
+    return f"{text[:90]}-{hashlib.sha256(repr(pairs).encode()).hexdigest()[:8]}"
+
+
+def leads() -> bool:
+    """Whether this is the first of the processes; asked before torch is there."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """To the terminal, by one process."""
+    if leads():
+        print(text, file=sys.stderr, flush=True)
+
+
+class Launcher(launcher.Launcher):
+    """Hydra's plugin: jobs one after the other in this process, or by submitit as processes or jobs of SLURM."""
+
+    __module__ = "hydra_plugins.neco"  # see neco.__main__
+
+    def __init__(self, cluster: str | None) -> None:
+        self.cluster = CLUSTERS[cluster] if cluster else None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: Any, config: DictConfig) -> None:
+        self.loader, self.task, self.config = hydra_context.config_loader, task_function, config
+        self.folder = Path(config.hydra.sweep.dir)
+        overrides = OverridesParser.create(self.loader).parse_overrides(list(config.hydra.overrides.task))
+        swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
+        self.changing = swept | {*(config.hydra.sweeper.get("params") or {})}
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run what is not done. A job that gave no number returns None; `failed` says which have failed."""
+        setup_globals()
+        jobs = [self.job(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
+        todo = [job for job in jobs if not self.done(job)]
+        if self.cluster:
+            self.submit(todo)
+        else:
+            self.run(todo)
+        failed.extend(
+            (self.folder, job.folder, f"{job.said['status']}: {job.said['message']}")
+            for job in jobs
+            if "message" in job.said
+        )
+        returns = [JobReturn(overrides=[*overrides], status=JobStatus.COMPLETED) for overrides in job_overrides]
+        for job, returned in zip(jobs, returns, strict=True):
+            returned.return_value = job.said.get("objective")
+        return returns
+
+    def job(self, number: int, overrides: list[str]) -> Job:
+        """Compose one. Raises NecoError for wrong keys of the launcher."""
+        config = self.loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+            config.hydra.sweep.dir = str(self.folder)
+            config.hydra.sweep.subdir = config.hydra.sweep.subdir or name(overrides, self.changing)
+        job = Job(config, sys.argv)
+        config.run_dir = str(job.folder)
+        if self.cluster:
+            known, others = ({f.name for f in dataclasses.fields(c)} for c in (self.cluster, Slurm))
+            keys: Any = OmegaConf.to_container(config.launcher, resolve=True)
+            keys = {k: v for k, v in keys.items() if k in known or k not in others}  # machine.yaml may hold SLURM's
+            job.options = self.cluster(**check(self.cluster, keys, "launcher"))
+        return job
+
+    def done(self, job: Job) -> bool:
+        """Whether this very job has ended well in its folder; of one that SLURM may still have it notes the number."""
+        said = status(job.folder)
+        same = said.get("config") == job.digest()
+        if same and said["status"] == "done" and self.config.sweep.skip_done:
+            job.said = said
+            say(f"done before  {job.folder}")
+            return True
+        if same and self.cluster is Slurm and "id" in said:
+            job.said = said
+        elif leads():
+            (job.folder / STATUS).unlink(missing_ok=True)
+        return False
+
+    def run(self, jobs: list[Job]) -> None:
+        """One after the other in this process. Raises NecoError where one would start others."""
+        most = max((job.nodes * job.devices for job in jobs), default=1)
+        if most > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise NecoError(
+                f"{most} devices for a job of a sweep: each would start the sweep again. Add hydra/launcher=local "
+                "or hydra/launcher=slurm, or start the sweep with torchrun and run_dir=runs/NAME"
+            )
+        for job in jobs:
+            try:
+                job.run(self.task)
+            except interrupt.Interrupted as stop:
+                job.note("stopped", message=str(stop).split(". To go on")[0])
+                raise
+            configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Start those that can run, and wait for them unless they are detached."""
+        running = {job: job.said["id"] for job in jobs if job.said and not job.options.ended(job.said["id"], None)}
+        waiting = [job for job in jobs if job not in running and self.valid(job)]
+        try:
+            with interrupt.handled():
+                while waiting or running:
+                    with interrupt.held():
+                        self.start(waiting, running)
+                    if getattr(jobs[0].options, "detach", False):
+                        collects = f"python -m neco task=report 'runs=[{self.folder}/*]'"
+                        say(f"{len(running)} jobs are queued; {collects} collects what they give")
+                        return
+                    self.wait(running)
+        except interrupt.Interrupted as stop:
+            say("stopping all jobs; once more: without waiting for what they save")
+            for job, started in running.items():
+                job.options.stop(started)
+            with interrupt.handled():
+                while running:
+                    self.wait(running)
+            stop.args = (f"{stop}. {again(sys.argv[1:], self.folder)}",)
+            raise
+
+    def valid(self, job: Job) -> bool:
+        """Whether its configuration is right; else it has failed."""
+        from neco.__main__ import settings, traced
+
+        job.said = {}
+        (job.folder / STATUS).unlink(missing_ok=True)
+        try:
+            with traced(job.config.hydra):
+                settings(job.config, job.config.hydra)
+        except NecoError as error:
+            job.note("failed", message=str(error))
+            say(f"failed       {job.folder}: {error}")
+        return not job.said
+
+    def start(self, waiting: list[Job], running: dict[Job, Any]) -> None:
+        """What there is place for; of the jobs of SLURM note the number."""
+        before = {*running}
+        if waiting:
+            waiting[0].options.start(waiting, running, self.folder / ".submitit")
+        for job in running.keys() - before:
+            if isinstance(number := running[job], str):
+                if not status(job.folder):  # it may be over by now
+                    job.note("queued", id=number)
+                say(f"queued       {job.folder}: {number}")
+
+    def wait(self, running: dict[Job, Any]) -> None:
+        """For a second; take out those that have ended, and say how."""
+        time.sleep(1)
+        for job, started in [*running.items()]:
+            if job.options.ended(started, status(job.folder).get("status")):
+                del running[job]
+                job.said = status(job.folder)
+                if job.said.get("status") not in ("done", "failed", "stopped"):
+                    output = job.folder / "output_0.txt"
+                    where = output if output.is_file() else self.folder / ".submitit"
+                    job.note("failed", message=f"{job.options.fate(started)}; see {where}")
+                value = job.said.get("objective")
+                text = job.said.get("message") or ("" if value is None else f"{value:.4f}")
+                say(f"{job.said['status']:<12} {job.folder}: {text}".rstrip(": "))
