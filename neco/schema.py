@@ -165,8 +165,10 @@ class Run:
     debug: bool
     log_seconds: PositiveFloat
     show: NonNegative
+    report: bool
     compare: str | None = None
     runs: list[str] = dataclasses.field(default_factory=list)
+    formats: set[Literal["html", "markdown", "latex", "csv"]] = dataclasses.field(default_factory=set)
     format: Literal["timm", "dinov2", "safetensors", "onnx"] = "timm"
     file: str | None = None
     results: list[str] = dataclasses.field(default_factory=list)

@@ -79,7 +79,8 @@ def summary(folder: Path) -> str:
     writer = csv.DictWriter(sheet, dict.fromkeys(key for row in table for key in row), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
-    for name, content in (("txt", f"{text}\n"), ("md", "\n".join([markdown(rows), *(f"- {line}" for line in below), ""])), ("csv", sheet.getvalue())):
+    page = "\n".join([markdown(rows), *(f"- {line}" for line in below), ""])
+    for name, content in (("txt", f"{text}\n"), ("md", page), ("csv", sheet.getvalue())):
         write(folder / f"summary.{name}", content)
     return text
 

@@ -12,8 +12,8 @@ from test_eval_rectangular import ALL, HERE, Blind, scene
 
 from neco.eval import pictures
 from neco.eval.base import resize_nearest
+from neco.eval.pictures import colours
 from neco.eval.retrieval import Retrieval, soft_labels, typical
-from neco.pages import colours
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def test_typical_patches_are_the_inmost_of_the_largest_classes() -> None:
 def test_a_run_draws_before_and_after(neco, train, tmp_path: Path) -> None:
     chosen = ["show=2", "eval=[retrieval]", "eval.retrieval.k=3", "train.eval_epochs=1", "dataset.val=5"]
     run = train(*chosen, folder="run")
-    page = (run / "pictures.html").read_text()
-    assert page.count("features, before") == 2 and page.count("features, student, step 4") == 2
-    assert page.count("prediction, k=3, teacher, step 4") == 2 and "prediction, k=3, before" in page
+    page = (run / "report.html").read_text()
+    assert page.count("features, before</fig") == 2 and page.count("features, student, step 4</fig") == 2
+    assert page.count("prediction, k=3, teacher, step 4</fig") == 2 and "prediction, k=3, before" in page
     steps = sorted(path.stem for path in (run / "pictures").glob("features-*"))
     assert steps == ["features-student-0", "features-student-4", "features-teacher-0", "features-teacher-4"]
     records = json.loads((run / "results.json").read_text())
@@ -133,6 +133,6 @@ def test_a_run_draws_before_and_after(neco, train, tmp_path: Path) -> None:
     assert [record["network"] for record in both] == ["compared", "teacher"] and "show" not in both[0]
     assert both[0]["weights"] != both[1]["weights"]
     neco(*command, "compare=own", "show=1", ok=True)  # measured already, drawn now
-    assert "features, compared" in (beside / "pictures.html").read_text()
+    assert "features, compared" in (beside / "report.html").read_text()
     wrong = neco(*command, "compare=/nowhere.pth")
     assert wrong.returncode == 2 and "compare: weights /nowhere.pth: no such file" in wrong.stderr

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neco import config, pages
+from neco import config
 from neco.dataset.folder import Folder
 from neco.dataset.inspect import inspect, places
+from neco.eval.pictures import colours, overlay
 
 
 @pytest.fixture
@@ -112,8 +113,8 @@ def test_places_are_spread_and_each_once():
 
 
 def test_colours_and_overlay():
-    palette = pages.colours(30)
+    palette = colours(30)
     assert len({tuple(colour) for colour in palette.tolist()}) == 30
     image = np.full((2, 2, 3), 200, np.uint8)
-    painted = pages.overlay(image, np.array([[0, 1], [29, 255]]), palette)
+    painted = overlay(image, np.array([[0, 1], [29, 255]]), palette)
     assert painted[1, 1].tolist() == [80, 80, 80] and len(np.unique(painted.reshape(-1, 3), axis=0)) == 4

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import neco
-from neco import card, config, load_backbone
+from neco import config, load_backbone
 from neco.errors import NecoError
 from neco.model import export, weights
 from neco.model.backbone import Backbone, _resampled, interpolate_positions
 from neco.model.weights import weights_hash
+from neco.report import card
 from neco.results import Results
 from neco.task import train
 from neco.values import MEAN, STD

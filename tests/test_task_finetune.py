@@ -171,8 +171,11 @@ def test_what_it_predicts_can_be_seen(finetune):
     finetune(*FEWER, "show=2")  # of a finished run, too
     (record,) = records(folder)
     assert [picture["kind"] for picture in record["pictures"]] == ["prediction"] * 2 + ["confusion"]
-    page = (folder / "pictures.html").read_text()
-    assert page.count("<figcaption>ground truth") == 2 and page.count("features, segmenter") == 2
+    page = (folder / "report.html").read_text()
+    assert (
+        page.count("<figcaption>ground truth") == 2
+        and page.count("<figcaption>principal components of features, segmenter") == 2
+    )
 
 
 def test_evaluations_do_not_change_the_training(finetune):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from neco import published
-from neco.task.report import table
+from neco.report import collect, published, tables
 
 
 def made(run: Path, model: str, state: str, *records: dict) -> Path:
@@ -23,12 +22,11 @@ def record(evaluation: str, network: str, metrics: dict[str, float | None], step
     return {"evaluation": evaluation, "network": network, "step": step, "metrics": metrics, **more}
 
 
-def beside(run: Path) -> dict[tuple[str, str, str], list[tuple[str, str]]]:
-    """(weights, evaluation, metric) -> what stands in `published` and `difference`."""
-    found: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
-    for _, _, weights, _, evaluation, metric, _, value, difference, _ in table(run):
-        found.setdefault((weights, evaluation, metric), []).append((value, difference))
-    return found
+def beside(run: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
+    """(network, evaluation, metric) -> what is published, with the difference, before and after."""
+    table = tables.headline([collect.read(run)])
+    rows = [{"published before": "", "published": "", **dict(zip(table.head, row, strict=True))} for row in table.rows]
+    return {(r["network"], r["evaluation"], r["metric"]): (r["published before"], r["published"]) for r in rows}
 
 
 def test_a_training_is_compared_before_and_after(tmp_path: Path) -> None:
@@ -37,31 +35,35 @@ def test_a_training_is_compared_before_and_after(tmp_path: Path) -> None:
         for step, state in ((0, "before"), (300, "after"), (600, "after"))
         for n in ("student", "teacher")
     ]
-    found = beside(made(tmp_path / "run", "dinov2r_vits14", "", *records))
-    assert found.keys() == {(weights, "retrieval", "miou_k30") for weights in ("before", "student", "teacher")}
-    assert found["before", "retrieval", "miou_k30"] == [("75.0 (NeCo)", "-1.0*"), ("79.4 (DIP)", "-5.4*")]
-    assert found["teacher", "retrieval", "miou_k30"] == [("80.7 (NeCo)", "-0.7*"), ("81.0 (DIP)", "-1.0*")]
+    run = made(tmp_path / "run", "dinov2r_vits14", "", *records)
+    row = "75.0 NeCo (-1.0*); 79.4 DIP (-5.4*)", "80.7 NeCo (-0.7*); 81.0 DIP (-1.0*)"
+    assert beside(run) == {(network, "retrieval", "miou_k30"): row for network in ("student", "teacher")}
+    table = tables.headline([collect.read(run)])
+    found = dict(zip(table.head, table.rows[0], strict=True))
+    assert (found["before"], found["after"], found["change"]) == ("74.0", "80.0", "+6.0") and tables.MARK in table.notes
 
 
 def test_only_what_is_published_has_a_number(tmp_path: Path) -> None:
     same = [record("linear", "teacher", {"miou": 0.8}, state=state) for state in ("after", "before", "")]
     found = [beside(made(tmp_path / str(i), "dinov2r_xr_vitb14", "", one)) for i, one in enumerate(same)]
-    assert [rows["teacher", "linear", "miou"] for rows in found] == [[("83.3 (NeCo)", "-3.3*")], [("", "")], [("", "")]]
+    assert [rows["teacher", "linear", "miou"][1] for rows in found] == ["83.3 NeCo (-3.3*)", "", ""]
     numbers = {"miou_k300": 0.139}
-    published = record("overcluster", "backbone", numbers, protocol="overcluster/reference/448", state="before")
-    plain = made(tmp_path / "plain", "dino_vits16", "", published, record("overcluster", "compared", numbers))
-    assert beside(plain)["backbone", "overcluster", "miou_k300"] == [("13.9 (NeCo)", "+0.0")], "the same protocol"
-    assert beside(plain)["compared", "overcluster", "miou_k300"] == [("", "")]
+    same = record("overcluster", "backbone", numbers, protocol="overcluster/reference/448", state="before")
+    plain = made(tmp_path / "plain", "dino_vits16", "", same)
+    assert beside(plain)["backbone", "overcluster", "miou_k300"] == ("", "13.9 NeCo (+0.0)"), "the same protocol"
+    after = record("overcluster", "teacher", {"miou_k300": 0.2}, weights="v", state="after", protocol=same["protocol"])
+    both = made(tmp_path / "both", "dino_vits16", "", {**same, "network": "compared"}, after)
+    assert beside(both) == {("teacher", "overcluster", "miou_k300"): ("13.9 NeCo (+0.0)", "")}
 
 
 def test_parts_of_the_labels_and_presets_find_their_own_numbers(tmp_path: Path) -> None:
     number = record("retrieval", "backbone", {"miou_k30": 0.5, "miou_k10": 0.5}, fraction=1 / 8)
     eighth = made(tmp_path / "a", "dinov2r_vits14", "before", number)
-    assert beside(eighth)["backbone", "retrieval", "miou_k30"] == [("68.2 (NeCo)", "-18.2*"), ("75.2 (DIP)", "-25.2*")]
-    assert beside(eighth)["backbone", "retrieval", "miou_k10"] == [("", "")]
-    assert next(table(eighth))[3] == "voc x 1/8"
+    assert beside(eighth)["backbone", "retrieval", "miou_k30"][1] == "68.2 NeCo (-18.2*); 75.2 DIP (-25.2*)"
+    assert beside(eighth)["backbone", "retrieval", "miou_k10"][1] == ""
+    assert "voc x 1/8" in tables.headline([collect.read(eighth)]).rows[0]
     preset = made(tmp_path / "b", "dinov2r_vits14", "before", record("unsupervised_vits", "backbone", {"miou": 0.3}))
-    assert beside(preset)["backbone", "unsupervised", "miou"] == [("35.1 (NeCo)", "-5.1*")]
+    assert beside(preset)["backbone", "unsupervised", "miou"][1] == "35.1 NeCo (-5.1*)"
 
 
 def test_the_table_is_printed_and_written(inside, tmp_path: Path) -> None:
@@ -69,10 +71,16 @@ def test_the_table_is_printed_and_written(inside, tmp_path: Path) -> None:
     (tmp_path / "runs/eval/empty").mkdir()
     (tmp_path / "weights").mkdir()  # a folder of the name of a key is no group of options
     code, text = inside("task=report", "runs=[runs/eval/*]", "weights=teacher", "run_dir=report")
-    assert code == 0 and "66.1 (NeCo)" in text and "+3.9*" in text, text
+    assert code == 0 and "66.1 NeCo (+3.9*)" in text, text
     head, row = csv.reader((tmp_path / "report/report.csv").open())
-    assert dict(zip(head, row, strict=True))["published"] == "66.1 (NeCo)"
-    assert (tmp_path / "report/report.md").read_text().count("\n") == 3
+    assert dict(zip(head, row, strict=True))["published"] == "66.1 NeCo (+3.9*)"
+    assert {path.name for path in (tmp_path / "report").iterdir()} >= {
+        f"report.{kind}" for kind in ("html", "md", "tex")
+    }
+    code, text = inside("task=report", "runs=[runs/eval/*]", "formats=[latex]", "run_dir=tables")
+    assert code == 0 and [path.name for path in (tmp_path / "tables").glob("report*")] == ["report.tex"]
+    code, text = inside("task=report", "runs=[runs/eval/*]", "formats=[pdf]")
+    assert code == 2 and "formats=['pdf']" in text and "'latex'" in text
     code, text = inside("task=report", "runs=[nowhere/*]")
     assert code == 2 and "runs=[nowhere/*]: 0 folders fit" in text
     made(tmp_path / "runs/eval/b", "ibot_vits16", "", record("linear", "teacher", {"miou": None}))

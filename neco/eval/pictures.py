@@ -3,6 +3,7 @@
 Shapes: H W pixels of an image (at most SIDE), h w of a map of any size, n images, D channels, C classes.
 """
 
+import colorsys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from neco.dataset.base import Dataset, Sample, read_image, read_label
 from neco.dataset.inspect import places
-from neco.pages import colours, overlay
 
 T = TypeVar("T")
 SIDE = 420  # pixels of a picture's longer side
@@ -36,6 +36,19 @@ class Picture:
     pixels: np.ndarray
     key: str | None = None
     caption: str = ""
+
+
+def colours(count: int) -> np.ndarray:
+    """uint8 (count, 3): colours that neighbours in number do not share."""
+    steps = ((i * 0.618034 % 1, (0.6, 1)[i % 2], (1, 0.75, 0.5)[i // 2 % 3]) for i in range(count))
+    return (255 * np.array([colorsys.hsv_to_rgb(*step) for step in steps]).reshape(-1, 3)).astype(np.uint8)
+
+
+def overlay(image: np.ndarray, label: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """The classes of (H, W) over a uint8 image (H, W, 3); what is no class stays dark."""
+    classes = label < len(palette)
+    painted = np.where(classes[..., None], palette[np.where(classes, label, 0)], 0)
+    return (0.4 * image + 0.6 * painted).astype(np.uint8)
 
 
 def shown(samples: Sequence[T], show: int) -> list[T]:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from neco import config, pages
+from neco import config
 from neco.augment.views import Views, view_rng
 from neco.config import Settings, call
 from neco.dataset.base import Dataset
 from neco.dataset.inspect import Look, inspect, places, read_pair
 from neco.errors import NecoError
+from neco.eval.pictures import colours, overlay
+from neco.report import pages
 from neco.results import columns
 from neco.task.common import outline
 from neco.training.bad import CHANCE, chance
@@ -143,7 +145,7 @@ def labels(dataset: Dataset, found: dict[str, Look]) -> Iterator[str]:
 
 def pictures(dataset: Dataset, views: Views, settings: Settings) -> Iterator[str]:
     """HTML of images with their masks and class names; of train also the views, and where on the image they are."""
-    palette = pages.colours(len(dataset.classes) + len(views.sizes))
+    palette = colours(len(dataset.classes) + len(views.sizes))
     palette, frames = palette[: len(dataset.classes)], palette[len(dataset.classes) :]
     for split in ("train", "val"):
         try:
@@ -161,13 +163,14 @@ def pictures(dataset: Dataset, views: Views, settings: Settings) -> Iterator[str
                 continue
             yield f"<h3>{name}, {image.shape[1]}x{image.shape[0]}</h3>"
             drawn = views.sample(view_rng(settings.run.seed, 0, place), *image.shape[:2]) if split == "train" else None
-            yield pages.figure(image if drawn is None else pages.boxed(image, drawn.crops, frames))
+            figures = [pages.drawn(image if drawn is None else pages.boxed(image, drawn.crops, frames), "image")]
             if label is not None:
                 there = [i for i in np.bincount(label.ravel()).nonzero()[0] if i < len(dataset.classes)]
                 names = " ".join(pages.swatch(palette[i], dataset.classes[i]) for i in there)
-                yield pages.figure(pages.overlay(image, label, palette), names)
+                figures.append(pages.drawn(overlay(image, label, palette), "its mask", names))
             if drawn is not None:
                 pixels = [view for group in views.apply(image, drawn) for view in group.permute(0, 2, 3, 1).numpy()]
                 for number, view in enumerate(pixels):
-                    caption = pages.swatch(frames[number], f"view {number}: {view.shape[1]}x{view.shape[0]}")
-                    yield pages.figure(view, caption, side=160)
+                    told = f"view {number}: {view.shape[1]}x{view.shape[0]}"
+                    figures.append(pages.drawn(view, told, pages.swatch(frames[number], told), side=160))
+            yield f'<div class="pictures">{"".join(figures)}</div>'

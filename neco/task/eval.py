@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from neco import devices, results
+from neco import devices, report, results
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
@@ -71,9 +71,9 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
         torch.manual_seed(settings.run.seed)
         backbone = build(job.model, "model")
         trust = settings.run.trust_pickle
-        report = weights.load(backbone, job.source, job.which, trust_pickle=trust)
-        log.info("%s: %s", job.model["name"], report)
-        network = {"only": "backbone"}.get(report.which, report.which)
+        told = weights.load(backbone, job.source, job.which, trust_pickle=trust)
+        log.info("%s: %s", job.model["name"], told)
+        network = {"only": "backbone"}.get(told.which, told.which)
         name = settings.choices["dataset"]
         networks, origins = {network: backbone.to(job.device)}, {network: origin(settings, job.source)}
         if job.beside:
@@ -85,4 +85,6 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
             origins["compared"] = origin(settings, beside, of=(origins[network]["model"], job.model))
         found = measure(settings, trackers, networks, origins, job.dataset, name, job.device)
         log.info("\n%s\n\nwrote  %s", results.table(found), trackers.store.path)
+        if settings.run.report:
+            report.of_run(output)
     return next(iter(found[0]["metrics"].values()))

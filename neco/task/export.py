@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import yaml
 
-from neco import card, config, results
+from neco import config, results
 from neco.config import Settings, build
 from neco.errors import NecoError
 from neco.model import export, weights
+from neco.report import card
 from neco.task.common import locked, model_of, outline, source_of_weights
 from neco.task.run import FREE
 

@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from neco import gallery
 from neco.config import Settings, option, options
 from neco.dataset.base import Dataset, Sample
 from neco.dataset.files import stamp
@@ -22,6 +21,7 @@ from neco.eval.pictures import shown
 from neco.logger.base import Trackers
 from neco.model import sources
 from neco.model.weights import weights_hash
+from neco.report import gallery
 from neco.results import Results
 from neco.training import memory
 from neco.values import share
@@ -177,7 +177,7 @@ def _show(
     device: torch.device,
     step: int,
 ) -> None:
-    """Keep the features of the images that are shown, and write the page."""
+    """Keep the images that are shown and their features, for the report."""
     samples: Sequence[Sample] = sorted(dataset.samples("val"), key=lambda sample: sample.key)
     some, extract = shown(samples, settings.run.show), settings.build("extract", device=device)
     for name, network in networks.items():
@@ -187,7 +187,7 @@ def _show(
         if store.writes:
             gallery.save_features(features, some, store.path.parent, f"{name}-{step}", weights_hash(network))
     if store.writes:
-        log.info("pictures    %s", gallery.write(store.path.parent, store.records, dataset, some))
+        gallery.save_images(dataset, some, store.path.parent)
 
 
 def save(head: Trained, path: Path) -> None:

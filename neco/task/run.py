@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from neco import devices, results, startup
+from neco import devices, report, results, startup
 from neco.config import Settings
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
@@ -34,6 +34,7 @@ FREE = {
     "run_dir",
     "debug",
     "show",
+    "report",
     "trust_pickle",
     "device",
     "data_root",
@@ -70,7 +71,7 @@ FIXED = (
 class Run:
     """A run folder, opened by the process that leads. `done` steps of the plan are in it; `resume` is where they are.
 
-    A block: when it is left, trackers are told how the run ended.
+    A block: when it is left, trackers are told how the run ended; its report is written if it ended well.
 
     Args:
         samples: the images to train on, in order.
@@ -122,6 +123,8 @@ class Run:
 
     def __exit__(self, *error: Any) -> None:
         self.trackers.__exit__(*error)
+        if error[0] is None and self.settings.run.report:
+            report.of_run(self.output)
 
     def start(self, backbone: Any) -> str:
         """Load the weights to start from, or say from which checkpoint `fit` will go on."""

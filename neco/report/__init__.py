@@ -1,0 +1,40 @@
+"""Reports of runs: collect.py reads them, tables.py and charts.py say it; a writer for each kind of file."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from neco import devices
+from neco.report import collect, html, latex, markdown, tables
+from neco.results import write as write_text
+
+log = logging.getLogger(__name__)
+
+
+def write(runs: Sequence[collect.Run], folder: Path, formats: Iterable[str]) -> list[Path]:
+    """Write `report.html`, `.md`, `.tex` and `.csv` of these runs, as far as they are wanted; returns the files."""
+    several = len(runs) > 1
+    extra = map(tables.sweep, collect.sweeps(runs)) if several else (table for _, table in tables.classes(runs[0]))
+    found = [tables.headline(runs), *extra, *([tables.settings(runs)] if several else []), tables.costs(runs)]
+    shown, title = [table for table in found if table.rows], html.title(runs)
+    writers = {
+        "html": (".html", lambda path: html.write(path, runs)),
+        "markdown": (".md", lambda path: write_text(path, markdown.markdown(title, shown))),
+        "latex": (".tex", lambda path: write_text(path, latex.latex(shown))),
+        "csv": (".csv", lambda path: write_text(path, tables.headline(runs, numbered=False).csv())),
+    }
+    written = []
+    for form, (suffix, writer) in writers.items():
+        if form in formats:
+            written.append(folder / f"report{suffix}")
+            writer(written[-1])
+    return written
+
+
+def of_run(folder: Path) -> None:
+    """End a run with its page. What goes wrong here is a warning: the run is done."""
+    if devices.leader():
+        try:
+            log.info("report      %s", *write([collect.read(folder)], folder, ["html"]))
+        except Exception as error:
+            log.warning("no report: %s: %s", type(error).__name__, error)

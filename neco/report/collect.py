@@ -1,0 +1,260 @@
+"""What runs say: their numbers before and after, beside published ones, and what differs between them.
+
+Numbers are in percent.
+"""
+
+import csv
+import glob
+import json
+import os
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from neco.errors import NecoError
+from neco.report import gallery, published
+from neco.report.gallery import Gallery
+from neco.report.published import Published
+from neco.results import Results
+
+Point = tuple[float, float, float, int]  # x, mean, standard deviation, how many
+
+
+@dataclass(frozen=True)
+class Number:
+    """One metric of a network at the end of its run, and what it was at the start or of the network compared with."""
+
+    network: str
+    model: str
+    dataset: str
+    part: str  # of the train images: " x 1/8"
+    evaluation: str
+    metric: str
+    protocol: str
+    value: float
+    before: float | None
+    published: list[Published]
+    published_before: list[Published]
+    iou: Mapping[str, float | None]  # of each class, as is the next
+    iou_before: Mapping[str, float | None]
+
+    @property
+    def name(self) -> str:
+        """What it is of which data set."""
+        return f"{self.evaluation} {self.metric}, {self.dataset}"
+
+    def beside(self, row: Published, value: float | None) -> str:
+        """A published number and the difference to it, with a mark where that has another protocol."""
+        mark = "" if "/reference/" in self.protocol else "*"
+        return f"{row.percent:.1f} {row.source}" + (f" ({value - row.percent:+.1f}{mark})" if value is not None else "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, as far as it is there."""
+
+    path: Path
+    label: str
+    records: list[dict[str, Any]]
+    numbers: list[Number]
+    curves: dict[str, list[tuple[float, float]]]  # column of metrics.csv -> (step, value)
+    config: dict[str, Any] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)  # on the command line
+    environment: dict[str, Any] = field(default_factory=dict)
+    gallery: Gallery | None = None
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The first and the last that was evaluated."""
+        steps = [record["step"] for record in self.records]
+        return min(steps), max(steps)
+
+    @property
+    def result(self) -> list[Number]:
+        """The numbers of the network that counts: the teacher, where there is one."""
+        networks = dict.fromkeys(number.network for number in self.numbers)
+        chosen = "teacher" if "teacher" in networks else next(iter(networks), "")
+        return [number for number in self.numbers if number.network == chosen]
+
+    @cached_property
+    def overrides(self) -> dict[str, str]:
+        """Value by key of what was told."""
+        return {key: value for key, _, value in (line.lstrip("+").partition("=") for line in self.told)}
+
+    def setting(self, key: str) -> str:
+        """What the run was told of a key, or what that was."""
+        node: Any = self.config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        chosen = self.environment.get("choices", {}).get(key)
+        return self.overrides.get(key, str(chosen or ("default" if isinstance(node, dict) else node)))
+
+
+def find(patterns: Sequence[str]) -> list[Path]:
+    """The folders with results among those named, and in them, as of several jobs. Raises NecoError without any."""
+    wanted = [str(Path(pattern).expanduser()) for pattern in patterns]
+    named = [Path(path) for pattern in wanted for path in sorted(glob.glob(pattern))]
+    found = [[path / "results.json", *sorted(path.glob("*/results.json"))] for path in named]
+    runs = [*dict.fromkeys(file.parent for files in found for file in files if file.is_file())]
+    if not runs:
+        told = f"runs=[{','.join(patterns)}]: {len(named)} folders fit, none has a results.json"
+        raise NecoError(f"{told}; name run folders: runs=[runs/train/*,runs/eval/*]")
+    return runs
+
+
+def read(path: Path, label: str = "") -> Run:
+    """A run folder. Raises NecoError for what is damaged, and where nothing was evaluated."""
+    records = Results(path, writes=False).records
+    if not records and not (path / "metrics.csv").is_file():
+        raise NecoError(f"{path}: nothing was recorded there")
+    try:
+        held = {name: path / name for name in ("config.yaml", "overrides.txt", "environment.json", "metrics.csv")}
+        texts = {name: file.read_text(errors="replace") if file.is_file() else "" for name, file in held.items()}
+        return Run(
+            path,
+            label or path.name,
+            records,
+            [*_numbers(path, records)],
+            _curves(texts["metrics.csv"]),
+            yaml.safe_load(texts["config.yaml"]) or {},
+            texts["overrides.txt"].splitlines(),
+            json.loads(texts["environment.json"] or "{}"),
+            gallery.load(path),
+        )
+    except (ValueError, TypeError, KeyError, OSError, yaml.YAMLError) as error:
+        raise NecoError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """What to call the runs: the part of their paths that differs."""
+    common = os.path.commonpath(paths) if len(paths) > 1 else paths[0].parent
+    return [os.path.relpath(path, common) for path in paths]
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those whose folder is the number of a job also called by what they were told that differs."""
+    said = differing(runs, seeds=True)
+    names = [", ".join(f"{key}={values[i]}" for key, values in said.items()) for i in range(len(runs))]
+    named = zip(runs, names, strict=True)
+    return [replace(r, label=f"{r.label}: {name}") if name and r.path.name.isdigit() else r for r, name in named]
+
+
+def _curves(text: str) -> dict[str, list[tuple[float, float]]]:
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in csv.DictReader(text.splitlines()):
+        for name, value in row.items():
+            if name != "step" and value and row["step"]:
+                found.setdefault(name, []).append((float(row["step"]), float(value)))
+    return found
+
+
+def _numbers(path: Path, records: list[dict[str, Any]]) -> Iterator[Number]:
+    """Of the last step; before is the first one, else the network `compared`."""
+    steps = [record["step"] for record in records]
+    trained, seen = len({*steps}) > 1, set()
+    for record in records:
+        first = {"evaluation": record["evaluation"], "asked": record["asked"]}
+        same = [r for r in records if first.items() <= r.items()]
+        beside = {"step": min(steps), "network": record["network"]} if trained else {"network": "compared"}
+        earlier = next((r for r in same if beside.items() <= r.items()), None)
+        key = record["evaluation"], record["asked"], record["weights"]
+        if record["step"] != max(steps) or earlier is record or key in seen:
+            continue
+        seen.add(key)  # untrained student and teacher are the same
+        evaluation = re.sub("_vit[sb]$", "", record["evaluation"])  # presets
+        fraction = record.get("fraction", 1.0)
+        part = f" x {Fraction(fraction).limit_denominator(1000)}" if fraction < 1 else ""
+        for metric, value in record["metrics"].items():
+            before = (earlier or {"metrics": {}})["metrics"].get(metric)
+            for given in (value, value if before is None else before):
+                if not isinstance(given, int | float):
+                    raise NecoError(f"{path / 'results.json'}: {evaluation}/{metric} is {given!r}, no number")
+            known = [
+                published.find(r.get("model", ""), r.get("state", ""), r["dataset"], f"{evaluation}/{metric}", fraction)
+                for r in (record, earlier or {"dataset": ""})
+            ]
+            iou = [((r or {}).get("details") or {}).get(metric, {}).get("iou") or {} for r in (record, earlier)]
+            yield Number(
+                record["network"], record.get("model", ""), record["dataset"], part, evaluation, metric,
+                record["protocol"], 100 * value, None if before is None else 100 * before, *known, *iou,  # type: ignore[arg-type]
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A metric over a key that differs: the points of each line. Names of `categories` stand at 0, 1, ..."""
+
+    title: str
+    key: str
+    lines: dict[str, list[Point]]
+    categories: list[str]
+
+
+IDLE = re.compile(r"run_dir|seed|show|report|device|debug|cache_dir|data_root|sweep|.*\.root|(hydra|extract|logger).*")
+
+
+def differing(runs: Sequence[Run], seeds: bool = False) -> dict[str, list[str]]:
+    """The keys that runs were told different values of, and the value of each run; with or without `seed`."""
+    told = dict.fromkeys(key for run in runs for key in run.overrides)
+    keys = [key for key in told if not IDLE.fullmatch(key) or (seeds and key == "seed")]
+    said = {key: [run.setting(key) for run in runs] for key in keys}
+    return {key: values for key, values in said.items() if len({*values}) > 1}
+
+
+def sweeps(runs: Sequence[Run]) -> list[Plot]:
+    """Each metric over k, where there are several, and over each key of numbers that differs, else over all at once.
+
+    Means and deviations are over runs that differ in nothing that counts: the seeds.
+    """
+    said = {key: values for key, values in differing(runs).items() if not key.endswith(".k")}
+    numeric = [key for key, values in said.items() if all(_number(value) is not None for value in values)]
+    axes: list[tuple[str, ...]] = [(key,) for key in numeric]
+    axes = axes or ([(*said,)] if said else [])
+    found: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
+    for i, run in enumerate(runs):
+        told = {key: values[i] for key, values in said.items()}
+        for n in run.result:
+            name, of_k, k = n.metric.rpartition("_k")
+            places = [(n.name, axis, " ".join(told[key] for key in axis)) for axis in axes]
+            places += [(f"{n.evaluation} {name}, {n.dataset}", ("k",), k)] if of_k else []
+            for title, axis, x in places:
+                others = {key: value for key, value in told.items() if key not in (*axis, "dataset")}
+                before = {key: value for key, value in others.items() if key in ("model", "experiment")}
+                lines = found.setdefault((title, " ".join(axis)), {})
+                if n.before is not None:
+                    lines.setdefault(_label(before, "before"), {}).setdefault(x, []).append(n.before)
+                label = _label(others) or ("measured" if n.before is None else "after")
+                lines.setdefault(label, {}).setdefault(x, []).append(n.value)
+    made = [_plot(*where, lines) for where, lines in sorted(found.items(), key=lambda item: item[0][1] == "k")]
+    return [plot for plot in made if len({point[0] for points in plot.lines.values() for point in points}) > 1]
+
+
+def _plot(title: str, key: str, lines: Mapping[str, Mapping[str, list[float]]]) -> Plot:
+    names = list(dict.fromkeys(x for line in lines.values() for x in line))
+    numbers = [_number(name) for name in names]
+    at = {name: float(i) if None in numbers else float(numbers[i] or 0) for i, name in enumerate(names)}
+    spread = {
+        label: sorted(
+            (at[x], statistics.fmean(v), statistics.stdev(v) if v[1:] else 0.0, len(v)) for x, v in line.items()
+        )
+        for label, line in lines.items()
+    }
+    return Plot(title, key, spread, names if None in numbers else [])
+
+
+def _label(told: Mapping[str, str], *more: str) -> str:
+    return ", ".join([*(f"{key}={value}" for key, value in told.items()), *more])
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        return None

@@ -1,0 +1,219 @@
+"""The report: what it computes in the page, what it writes of hostile names, how it looks to a browser."""
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from browser import driver, window
+from conftest import losses
+from PIL import Image
+
+from neco import report
+from neco.eval.pictures import Picture
+from neco.report import charts, collect, gallery, html, latex, markdown, pages, similarity, tables
+
+HOSTILE = '</script><img src=x onerror="alert(1)">|&_$%\\'
+
+
+def made(run: Path, told: dict[str, str], numbers: dict[str, float], seed: int = 0, trained: bool = True) -> Path:
+    """A run folder with two steps of these metrics of `overcluster`, what it was told, three images and features."""
+    rng = np.random.default_rng(seed)
+    records = [
+        {
+            "step": step, "network": "teacher", "evaluation": "overcluster", "weights": f"w{step}{seed}", "asked": "a",
+            "dataset": HOSTILE, "protocol": "overcluster/standard/56", "seconds": 1.5, "peak_memory_gb": 0.5,
+            "metrics": {name: value - 0.1 * (not step) for name, value in numbers.items()},
+            "details": {name: {"iou": {HOSTILE: 0.1 + step / 100, "b": None}} for name in numbers},
+        }
+        for step in ((0, 9) if trained else (0,))
+    ]  # fmt: skip
+    run.mkdir(parents=True)
+    records[-1]["pictures"] = gallery.save(
+        [Picture("prediction", rng.integers(0, 255, (8, 8, 3), np.uint8), HOSTILE)], run, "x"
+    )
+    (run / "results.json").write_text(json.dumps(records))
+    (run / "overrides.txt").write_text(
+        "".join(f"{key}={value}\n" for key, value in {**told, "seed": str(seed)}.items())
+    )
+    (run / "config.yaml").write_text(json.dumps({"task": "train", "loss": {"steepness": 30}, "x": HOSTILE}))
+    (run / "metrics.csv").write_text(
+        "step,epoch,loss,lr_a,lr_b,images_per_second\n1,0,2.5,1,2,9\n2,0,nan,1,2,9\n3,1,2,1,2,\n"
+    )
+    keys = [HOSTILE, "b", "c"]
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).save(run / f"pictures/image-{number:03d}.jpg")
+        Image.fromarray(rng.integers(0, 2, (40, 60), np.uint8)).save(run / f"pictures/label-{number:03d}.png")
+    (run / "pictures/shown.json").write_text(json.dumps({"keys": keys, "classes": [HOSTILE, "b"]}))
+    samples = [type("Sample", (), {"key": key}) for key in keys]
+    for step in (0, 9):
+        maps = torch.randn(3, 4, 5, 32, generator=torch.Generator().manual_seed(step + seed)) * torch.linspace(1, 0, 32)
+        gallery.save_features(maps, samples, run, f"teacher-{step}", f"w{step}{seed}")
+    return run
+
+
+def test_quantised_cosines_are_those_of_torch() -> None:
+    maps = torch.randn(2, 5, 6, 48, generator=torch.Generator().manual_seed(0)) * torch.linspace(2, 0, 48) ** 3
+    small, whole = similarity.quantise(maps, 24), similarity.quantise(maps, 48)
+    assert small.shape == (2, 5, 6, 24) and small.dtype == torch.int8 and int(small.abs().max()) == 127
+    assert similarity.error(maps, whole) < 0.01
+    exact = torch.nn.functional.cosine_similarity(maps[0, 0, 0], maps[1, 2, 3], dim=0)
+    rough = torch.nn.functional.cosine_similarity(small[0, 0, 0].float(), small[1, 2, 3].float(), dim=0)
+    assert abs(exact - rough) < similarity.error(maps, small) < 0.03, "half of the directions hold nearly all"
+
+
+def test_a_page_keeps_within_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 4 / 3 * similarity.BYTES + html.PICTURES + 1e6 < 15e6
+    monkeypatch.setattr(similarity, "BYTES", 3 * 20 * 2 * 21)  # 20 of 32 channels
+    monkeypatch.setattr(html, "PICTURES", 9000)
+    page = tmp_path / "page.html"
+    html.write(page, [collect.read(made(tmp_path / "run", {}, {"miou": 0.5}))])
+    text = page.read_text()
+    assert "strongest directions (20 of 32)" in text and re.search(r"by at most 0\.\d+", text)
+    data = json.loads(re.search(r'id="similarity-data">(.*?)</script>', text, re.DOTALL).group(1))
+    assert [len(network["data"]) for network in data["networks"]] == [-(-3 * 20 * 20 // 3) * 4] * 2
+    assert re.search(r"[12] more are in ", text), "pictures beyond the room"
+
+
+def test_names_are_text_in_every_format(tmp_path: Path) -> None:
+    runs = [collect.read(made(tmp_path / "run", {"a": HOSTILE}, {HOSTILE: 0.5}))]
+    files = {
+        path.suffix: path.read_text() for path in report.write(runs, tmp_path, {"html", "markdown", "latex", "csv"})
+    }
+    assert "<img src=x" not in files[".html"] and "&lt;/script&gt;&lt;img src=x" in files[".html"]
+    assert files[".html"].count("</script>") == 2 and "default-src 'none'" in files[".html"]
+    row = next(line for line in files[".md"].splitlines() if "teacher" in line)
+    assert r"\<img src=x" in row and len(re.findall(r"(?<!\\)\|", row)) == 9
+    assert r"\&\_\$\%\textbackslash{}" in files[".tex"] and r"\toprule" in files[".tex"]
+    for kinds, body in re.findall(r"begin{tabular}{(\w+)}(.*?)\\end{tabular}", files[".tex"], re.DOTALL):
+        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert len(rows) > 1 and {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(kinds) - 1}
+    assert markdown.escape("a_b *c* `d` <e>") == r"a_b \*c\* \`d\` \<e\>" and latex.escape("50% ± 1") == r"50\% $\pm$ 1"
+
+
+def test_plots_are_means_over_seeds_for_each_line(tmp_path: Path) -> None:
+    for steepness in (None, "100", "1000"):
+        for loss, bonus in (("neco", 0.0), ("cosine", 0.2)):
+            for seed in (1, 2):
+                told = {"loss": loss} | ({"loss.steepness": steepness} if steepness else {})
+                value = float(steepness or 30) / 2000 + bonus + seed / 100
+                made(tmp_path / f"{loss}{steepness}{seed}", told, {"miou_k8": value, "miou_k16": value + 0.1}, seed)
+    paths = collect.find([str(tmp_path)])
+    runs = [collect.read(*pair) for pair in zip(paths, collect.labels(paths), strict=True)]
+    assert len(runs) == 12 and runs[0].label == "cosine10001"
+    plots = {(plot.title.partition(",")[0], plot.key): plot.lines for plot in collect.sweeps(runs)}
+    assert plots.keys() == {(f"overcluster miou{k}", "loss.steepness") for k in ("_k8", "_k16")} | {
+        ("overcluster miou", "k")
+    }
+    lines = plots["overcluster miou_k8", "loss.steepness"]
+    assert lines.keys() == {"before", "loss=neco", "loss=cosine"} and len(lines["before"][0]) == 4
+    x, mean, std, count = lines["loss=cosine"][0]
+    assert (x, count) == (30, 2) and mean == pytest.approx(23) and std == pytest.approx(0.5**0.5), "30 is the config's"
+    assert [point[0] for point in plots["overcluster miou", "k"]["loss=neco, loss.steepness=100"]] == [8, 16]
+    text = (report.write(runs, tmp_path, {"html"})[0]).read_text()
+    assert text.count('class="chart"') == 3 + 2 and "23.0 ± 0.7 (2)" in text
+
+
+def test_options_without_numbers_are_places(tmp_path: Path) -> None:
+    for value in ("[10,100]", "100"):
+        made(tmp_path / value, {"loss.steepness": value}, {"miou": 0.5}, trained=False)
+    (plot,) = collect.sweeps([collect.read(path) for path in sorted(tmp_path.iterdir())])
+    assert plot.categories == ["100", "[10,100]"] and plot.lines == {"measured": [(0, 40, 0, 1), (1, 40, 0, 1)]}
+    assert tables.sweep(plot).rows == [["measured", "40.0", "40.0"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "marked"),
+    [
+        ([(1, 5.0, 0.5, 2)], True),
+        ([(1, 2, 0, 1), (1000, 2, 0, 1)], True),
+        ([(0, 1e-9, 0, 1), (9, float("nan"), 0, 1)], False),
+    ],
+)
+def test_a_chart_is_within_its_frame(line, marked) -> None:
+    root = ElementTree.fromstring(charts.chart("<a> & b", "step", {"x<y": line, "before": line}, marked=marked))
+    assert root.find("svg").get("role") == "img" and "x<y" in root.find("svg").get("aria-label")
+    for path in root.iterfind(".//g/path[@class='line']"):
+        points = [tuple(map(float, point.split())) for point in path.get("d")[1:].split("L")]
+        assert all(charts.LEFT <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT for x, y in points)
+    assert len(root.findall(".//circle")) == 2 * len(line) * marked
+    assert charts.chart("empty", "x", {"a": []}) == ""
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert charts.ticks(0, 10) == [0, 2.5, 5, 7.5, 10] and charts.ticks(0.31, 0.36) == pytest.approx([0.32, 0.34, 0.36])
+    assert len(charts.thinned([(i, 1.0) for i in range(1000)])) <= charts.POINTS
+
+
+def test_text_can_be_read_in_both_schemes() -> None:
+    css = (pages.HERE / "page.css").read_text()
+
+    def luminance(colour: str) -> float:
+        colour = colour if len(colour) == 6 else "".join(2 * letter for letter in colour)
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        parts = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(p * weight for p, weight in zip(parts, (0.2126, 0.7152, 0.0722), strict=True))
+
+    for scheme in re.findall(r":root \{([^}]*)\}", css):
+        colours = {name: luminance(value) for name, value in re.findall(r"--(\w+): #(\w+)", scheme)}
+        for ground in ("page", "raised"):
+            for name in {*colours} - {"page", "raised", "line"}:
+                high, low = sorted((colours[name], colours[ground]), reverse=True)
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
+
+
+def test_a_run_ends_with_its_report_and_survives_without(train, monkeypatch, caplog) -> None:
+    light = ["eval=[retrieval]", "eval.retrieval.k=3", "train.steps=2"]
+    with caplog.at_level("INFO", "neco"):
+        run = train(*light)
+    text = (run / "report.html").read_text()
+    assert f"report      {run / 'report.html'}" in caplog.text and "What post-training did" in text
+    assert "show=8" in text and "<script" not in text, "without pictures nothing is alive"
+    monkeypatch.setattr(html, "write", lambda *given: 1 / 0)
+    with caplog.at_level("INFO", "neco"):
+        run = train(*light, folder="two")
+    assert "no report: ZeroDivisionError" in caplog.text and len(losses(run)) == 2
+    assert not (train(*light, "report=false", folder="three") / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def port():
+    with driver() as found:
+        yield found
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_it_and_computes_what_torch_does(width, port, tmp_path: Path) -> None:
+    run = made(tmp_path / "run", {"a": HOSTILE}, {"miou_k8": 0.5, "miou_k16": 0.6})
+    (page,) = report.write([collect.read(run)], tmp_path, {"html"})
+    found = {part.step: part.maps for part in gallery.load(run).features}
+    with window(port, width) as browser:
+        browser.open(page)
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+        for network, maps in enumerate(found.values()):
+            rows = torch.nn.functional.normalize(maps.flatten(0, 2), dim=1)
+            for patch in (0, 27, 59):
+                cosines = torch.tensor(browser.run("return similarity(...arguments)", network, patch))
+                assert (cosines - rows @ rows[patch]).abs().max() < 0.01
+                assert cosines[patch] == pytest.approx(1)
+        told = "return document.querySelector('output').innerText"
+        first = browser.run(told)
+        assert "row 3, column 3" in first and "nearest patches in other images" in first and HOSTILE in first
+        browser.run("document.querySelectorAll('.map')[2].focus()")
+        browser.keys("\ue014\ue015")  # to the right and down
+        assert browser.run(told).startswith("b, row 4, column 4.")
+        browser.run("document.querySelectorAll('.map')[4].scrollIntoView(); scrollBy(0, -50)")
+        shown = browser.run("return document.querySelectorAll('.map')[4].getBoundingClientRect().toJSON()")
+        browser.click(shown["x"] + 0.99 * shown["width"], shown["y"] + 0.01 * shown["height"])
+        assert browser.run(told).startswith("c, row 1, column 5.")
+        marks = "return [...document.querySelectorAll('.map i:not(.best)')].map(mark => mark.hidden)"
+        assert browser.run(marks) == [True, True, True, True, False, False]
+        assert browser.complaints() == [] and browser.requests() == [page.as_uri()]
+        jobs = [made(tmp_path / "jobs" / str(i), {"loss.steepness": str(i) * 40}, {"miou": 0.5}, i) for i in (1, 2)]
+        (page,) = report.write(collect.told_apart([collect.read(job) for job in jobs]), tmp_path, {"html"})
+        browser.open(page)
+        assert f"1: loss.steepness={'1' * 40}, seed=1" in browser.run("return document.body.innerText")
+        assert browser.run("return document.documentElement.scrollWidth") <= width and browser.complaints() == []
