@@ -54,8 +54,8 @@ class Local:
             job.place = free[0]
             own = (gpus[(job.place * width + i) % len(gpus)] for i in range(job.devices if gpus else 0))
             job.gpus = [*dict.fromkeys(own)]
-            executor = submitit.LocalExecutor(folder, max_num_timeout=self.requeues)
-            executor.update_parameters(stderr_to_stdout=True, **self.parameters(job))
+            executor = submitit.LocalExecutor(folder, max_num_timeout=job.options.requeues)
+            executor.update_parameters(stderr_to_stdout=True, **job.options.parameters(job))
             # A terminal sends Ctrl-C to all its processes; these are told by `stop`, and once.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             running[job] = executor.submit(job)

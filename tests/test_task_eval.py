@@ -155,9 +155,9 @@ def test_multirun_sweeps_models_and_k(neco, tmp_path):
     sweep = ["model=tiny,dino_vits16", "eval.overcluster.k=9,12"]
     neco("-m", *FEW, *LIGHT["overcluster"], "weights=none", "eval=overcluster", "run_dir=out", *sweep, ok=True)
     found = {}
-    for job in range(4):
-        (record,) = json.loads((tmp_path / "out" / str(job) / "results.json").read_text())
-        overrides = (tmp_path / "out" / str(job) / "overrides.txt").read_text().split()
+    for job in (f"model-{model}+k-{k}" for model in ("tiny", "dino_vits16") for k in (9, 12)):
+        (record,) = json.loads((tmp_path / "out" / job / "results.json").read_text())
+        overrides = (tmp_path / "out" / job / "overrides.txt").read_text().split()
         found[tuple(o for o in overrides if o.startswith(("model=", "eval.overcluster.k=")))] = record["weights"]
     assert len(found) == 4 and len(set(found.values())) == 2
 
