@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-study test test-fast check format bench clean
+.PHONY: help install demo demo-study test test-fast check format bench soak clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 
 bench: $(INSTALLED) ## speed and memory of what this machine can do, beside the published way, into benchmarks/
 	$(BIN)/python scripts/bench.py
+
+soak: $(INSTALLED) ## kills, full disks, dying processes, damaged files: all of tests/soak, into docs/reliability.md
+	$(BIN)/python scripts/soak.py
 
 clean: ## remove what tests and builds left (never runs/ or data/)
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -65,9 +65,9 @@ def job(cfg: Any) -> float | None:
 
 def settings(cfg: Any, hydra: Any) -> config.Settings:
     """The validated configuration of a job."""
-    from neco.launch import plain
+    from neco.launch import plain, told
 
-    return config.validate(plain(cfg), choices(hydra), list(hydra.overrides.task))
+    return config.validate(plain(cfg), choices(hydra), told(hydra))
 
 
 def choices(hydra: Any) -> dict[str, Any]:
@@ -77,11 +77,13 @@ def choices(hydra: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def traced(hydra: Any) -> Iterator[None]:
     """Errors say where the value was set."""
+    from neco.launch import told
+
     try:
         yield
     except NecoError as error:
         node, key = re.match(r"([^=:]*)(?:: (\w+)=)?", str(error)).groups()  # type: ignore[union-attr]
-        if place := config.origin(f"{node}.{key}" if key else node, list(hydra.overrides.task), choices(hydra)):
+        if place := config.origin(f"{node}.{key}" if key else node, told(hydra), choices(hydra)):
             raise NecoError(f"{error} [from {place}]") from error
         raise
 
@@ -93,11 +95,11 @@ def run(cfg: Any) -> float | None:
     from hydra.types import RunMode
 
     from neco import progress
-    from neco.launch import again
+    from neco.launch import again, told
 
     startup.begin()
     hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
+    overrides = told(hydra)
     output = Path(hydra.runtime.output_dir)
     try:
         torchrun = "TORCHELASTIC_RUN_ID" in os.environ and "SUBMITIT_EXECUTOR" not in os.environ
@@ -234,6 +236,11 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         if started and not isinstance(error, (NecoError, OmegaConfBaseException)):
+            if isinstance(error, MemoryError) or re.search("(?i)out of memory|can't allocate memory", str(error)):
+                told = (str(error) or type(error).__name__).partition("\n")[0]
+                smaller = "train.batch_size (or more train.accumulate), the sizes of views, extract.batch_size"
+                print(f"{who}: out of memory: {told}. What makes it less: {smaller}", file=sys.stderr)
+                raise SystemExit(2) from None
             if not re.search("closed by peer|reset by peer|Broken pipe", str(error)):
                 raise  # a fault of the program, not of the configuration
             print(f"{who}: another process has ended; its message says why", file=sys.stderr)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LEAVES = ("model", "augment", "dataset", "val_dataset", "loss", "head", "extract")
 LISTS = ("eval", "logger")
+RULES: Any = {"arbitrary_types_allowed": True, "allow_inf_nan": False}
 
 
 def folder() -> Path:
@@ -118,7 +119,7 @@ def check(
         try:
             if isinstance(value, bool) and "bool" not in str(hint) and hint is not Any:
                 raise ValueError("a number or text is wanted, not true/false")
-            checked[name] = TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value)
+            checked[name] = TypeAdapter(hint, config=RULES).validate_python(value)
         except ValidationError as error:
             reasons = dict.fromkeys(detail["msg"] for detail in error.errors())
             raise NecoError(f"{prefix}{name}={value!r}: {'; or '.join(reasons).lower()}") from error
@@ -273,6 +274,24 @@ def preset_for_another(config: Mapping[str, Any], choices: Mapping[str, Any], ov
     return [key for key in found if any(key in parameters(loss) for loss in losses)]
 
 
+def plain(composed: Any) -> dict[str, Any]:
+    """The composed nodes as plain values, `${keys}` resolved. Raises NecoError that names one that cannot be."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:  # which says not where
+        said = str(error).partition("\n")[0]
+        for key in flatten(OmegaConf.to_container(composed)):
+            try:
+                node = OmegaConf.select(composed, key)
+                OmegaConf.is_config(node) and OmegaConf.to_container(node, resolve=True)
+            except OmegaConfBaseException:
+                wrong = key  # the last is the deepest
+        raise NecoError(f"{wrong}: {said}") from error
+
+
 def load(*overrides: str) -> Settings:
     """The validated settings of `python -m neco OVERRIDES`, for scripts, notebooks and tests."""
     from hydra import compose, initialize_config_dir
@@ -288,7 +307,7 @@ def load(*overrides: str) -> Settings:
     choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
     OmegaConf.set_struct(composed, False)
     del composed["hydra"]
-    return validate(OmegaConf.to_container(composed, resolve=True), choices, list(overrides))  # type: ignore[arg-type]
+    return validate(plain(composed), choices, list(overrides))
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[str]:

@@ -29,6 +29,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from neco import interrupt
 from neco.cluster import CLUSTERS, Slurm, preempted
 from neco.config import check
+from neco.config import plain as resolved
 from neco.errors import NecoError
 from neco.results import write
 from neco.sweep import STATUS, status
@@ -88,7 +89,7 @@ class Job:
     def note(self, how: str, **said: Any) -> None:
         """Write status.json. Of several processes the one that fails first does it: the others follow from that."""
         hydra = self.config.hydra
-        job = {"job": hydra.job.num, "overrides": list(hydra.overrides.task), "config": self.digest()}
+        job = {"job": hydra.job.num, "overrides": told(hydra), "config": self.digest()}
         self.said = {"status": how, **said, **job}
         if status(self.folder).get("status") != "failed" if how == "failed" else leads():
             write(self.folder / STATUS, json.dumps(self.said, indent=1) + "\n")
@@ -144,10 +145,14 @@ class Job:
         return DelayedSubmission(self)
 
 
+def told(hydra: Any) -> list[str]:
+    """The overrides as they were typed: `${keys}` in them are the configuration's."""
+    return OmegaConf.to_container(hydra.overrides.task, resolve=False)  # type: ignore[return-value]
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """The configuration without Hydra's, resolved."""
-    nodes = {str(key): config[key] for key in config if key != "hydra"}
-    return {k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for k, v in nodes.items()}
+    return resolved(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
 
 
 def again(overrides: Iterable[str], folder: Any) -> str:

@@ -12,14 +12,17 @@ from annotated_types import Ge, Le, MinLen
 from neco.errors import NecoError
 from neco.values import (
     Decay,
+    Few,
     Fraction,
     NonNegative,
     NonNegativeFloat,
+    Pixels,
     Positive,
     PositiveFloat,
     PositiveFraction,
     Seed,
     Size,
+    Workers,
 )
 
 
@@ -32,12 +35,12 @@ class Training:
     steps: Positive | None
     batch_size: Positive | Literal["auto"]
     accumulate: Positive
-    devices: Positive
-    nodes: Positive
+    devices: Few
+    nodes: Few
     drop_path: Fraction
     clip: PositiveFloat | None
     precision: Literal["auto", "fp32", "bf16"]
-    workers: NonNegative
+    workers: Workers
     resume: str
     eval_epochs: NonNegative
     patience: Positive | None
@@ -100,11 +103,11 @@ class Finetune(Training):
     monitor: ClassVar[str] = "segmentation/segmenter/miou"
     batch_size: Positive
     decoder: Literal["mask_transformer", "linear"]
-    decoder_layers: Positive
+    decoder_layers: Few
     decoder_dropout: Decay
-    crop: Positive | None
-    side: Positive | Literal["image"] | None
-    stride: Positive | None
+    crop: Pixels | None
+    side: Pixels | Literal["image"] | None
+    stride: Pixels | None
     scale: tuple[PositiveFloat, PositiveFloat]
     flip: Fraction
     jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Ge(0), Le(0.5)]]
@@ -143,7 +146,7 @@ class Embed:
 
     split: str
     size: Size | Literal["native"]
-    limit: Positive
+    limit: Pixels
     pool: Literal["none", "mean"]
     dtype: Literal["float16", "float32"]
     shard_mb: PositiveFloat

@@ -21,6 +21,13 @@ def number_in_0_1_or_text_like_1_8(text: str) -> bool:  # pydantic's message is 
 
 Positive = Annotated[int, Ge(1)]
 NonNegative = Annotated[int, Ge(0)]
+# What nobody means to be more is bounded: a zero too many is found out before it takes all memory or processes.
+Few = Annotated[int, Ge(1), Le(1000)]
+Workers = Annotated[int, Ge(0), Le(1000)]
+Width = Annotated[int, Ge(1), Le(2**16)]  # channels, or images at once
+Pixels = Annotated[int, Ge(1), Le(2**14)]  # of a side: as many as the largest image has
+Million = Annotated[int, Ge(1), Le(10**6)]
+Factor = Annotated[float, Ge(0), Le(100)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]  # of a running mean
 Seed = Annotated[int, Ge(0), Lt(2**63)]
@@ -28,7 +35,7 @@ PositiveFraction = Annotated[float, Gt(0), Le(1)]
 Share = PositiveFraction | Annotated[str, Predicate(number_in_0_1_or_text_like_1_8)]  # 0.1 or "1/8"
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
-Size = Positive | tuple[Positive, Positive]  # pixels: the side of a square, or height and width
+Size = Pixels | tuple[Pixels, Pixels]  # pixels: the side of a square, or height and width
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
 STD = (0.229, 0.224, 0.225)

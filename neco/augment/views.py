@@ -13,14 +13,14 @@ from typing import Annotated, Literal, NamedTuple, Self
 import cv2
 import numpy as np
 import torch
-from annotated_types import MinLen
+from annotated_types import Gt, MinLen
 from PIL import Image
 from torch import Tensor
 
 from neco.augment import crop as fast
 from neco.augment import reference
 from neco.errors import NecoError
-from neco.values import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Size, sides
+from neco.values import Factor, Few, Fraction, NonNegativeFloat, PositiveFloat, Size, Workers, sides
 
 Crop = tuple[int, int, int, int]
 DRAWS = 200  # crops tried for a view before it falls back to the centred one
@@ -118,22 +118,22 @@ class Views:
     def __init__(
         self,
         *,
-        global_views: Positive = 2,
-        local_views: NonNegative = 4,
+        global_views: Few = 2,
+        local_views: Workers = 4,
         teacher: Literal["augmented", "clean"] = "augmented",
         global_size: Size | None = None,
         local_size: Size | None = None,
-        multi_scale: Annotated[tuple[PositiveFloat, ...], MinLen(1)] = (1.0,),
+        multi_scale: Annotated[tuple[Annotated[Factor, Gt(0)], ...], MinLen(1)] = (1.0,),
         global_scale: tuple[PositiveFloat, Fraction] = (0.25, 1.0),
         local_scale: tuple[PositiveFloat, Fraction] = (0.05, 0.25),
         ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3),
         min_overlap: Fraction = 0.01,
         jitter: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.8, 0.8, 0.8, 0.2),
-        jitter_strength: NonNegativeFloat = 1.0,
+        jitter_strength: Factor = 1.0,
         jitter_probability: Fraction = 0.8,
         grey_probability: Fraction = 0.2,
-        blur_sigma: tuple[NonNegativeFloat, NonNegativeFloat] = (0.1, 2.0),
-        blur_strength: NonNegativeFloat = 1.0,
+        blur_sigma: tuple[Factor, Factor] = (0.1, 2.0),
+        blur_strength: Factor = 1.0,
         blur_probability: Fraction = 0.5,
         applier: Literal["uint8", "pil"] = "uint8",
         colour: Literal["auto", "worker", "device"] = "auto",

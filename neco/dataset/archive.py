@@ -35,8 +35,16 @@ REFUSED = {
     DANGLING: "it is a link to what the archive does not hold: unpack the archive where the link's target is",
 }
 CHUNK = 1 << 22
+LARGEST = 1 << 31  # bytes of a file to read: as many as the largest image has, with 8 a pixel
+BOMB = 1 << 28, 100  # more bytes than that, inflated from less than a hundredth, are no image
 TAIL = 1 << 20  # zeros at most behind the end of a tar: it is filled up to a record, of 10 kB mostly
-ODD = (struct.error, RuntimeError, OverflowError)  # what the readers raise besides on damaged archives
+ODD = (
+    struct.error,
+    RuntimeError,
+    OverflowError,
+    IndexError,
+    MemoryError,
+)  # what the readers raise besides on damaged archives
 # Offset of the content (tar) or of the local header (zip), bytes there, bytes of the content, CRC-32, how it is stored
 Row = tuple[int, int, int, int, int]
 
@@ -65,8 +73,12 @@ def read(member: Member) -> bytes:
     """The content. Raises OSError that says what is wrong with it; the archive may also have changed since `time`."""
     if member.method not in (TAR, STORED, DEFLATED):
         raise OSError(REFUSED.get(member.method) or f"zip method {member.method} is not supported: unpack the archive")
+    if member.size > LARGEST or (member.size > BOMB[0] and member.size > BOMB[1] * member.stored):
+        raise OSError(f"{member.size:.3g} bytes, {member.stored:.3g} of them stored, are no image: unpack the archive")
     handle = _opened(member.archive, member.time)
     start, ahead = member.offset, b""
+    if start + member.stored > handle.size:  # before as much memory is asked for
+        raise OSError("the archive is cut off")
     if member.method != TAR:
         ahead = _pread(handle.number, member.stored + 512, start)  # header, mostly with all of the content
         begin = _header_size(ahead)
@@ -108,6 +120,7 @@ class _Handle:
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self.number).st_size
 
     def __del__(self) -> None:
         if number := vars(self).get("number"):
@@ -215,8 +228,12 @@ def _clean(name: str) -> str:
 
 def _tar(file: BinaryIO, start: int) -> Iterator[tuple[str, Row | str]]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
+        at = 0
         while info := tar.next():
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep a million
+            if tar.offset <= at:  # of a negative size, which would be read for ever
+                raise tarfile.ReadError(f"no valid size at byte {at}")
+            at = tar.offset
             if info.islnk():
                 yield info.name, _clean(info.linkname)
             elif info.issym():
@@ -237,6 +254,8 @@ def _zip(file: BinaryIO, start: int) -> Iterator[tuple[str, Row | str]]:
         for info in archive.infolist():
             method = ENCRYPTED if info.flag_bits & 1 else info.compress_type
             if stat.S_ISLNK(info.external_attr >> 16) and method in (STORED, DEFLATED):
+                if info.file_size > 4096:
+                    raise zipfile.BadZipFile(f"{info.filename} is a link to a name of {info.file_size} bytes")
                 target = os.fsdecode(archive.read(info))
                 yield info.filename, _clean(posixpath.join(posixpath.dirname(info.filename), target))
             elif not info.is_dir():

@@ -238,7 +238,7 @@ def _segments(listing: Ref) -> Segments:
 
     try:
         return Segments(json.loads(read_bytes(listing), object_hook=compact)["annotations"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise NecoError(f"{listing} is no panoptic annotation file ({error!r}): get it again") from error
 
 

@@ -1,9 +1,11 @@
 """Where files are and how they are read: folders, and archives as if they were folders."""
 
+import errno
 import logging
 import os
 import posixpath
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,6 +24,7 @@ PACKED = {  # compressed as a whole: a member cannot be read without all before 
     ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tbz2": "bunzip2", ".tar.xz": "unxz",
     ".txz": "unxz", ".tar.zst": "unzstd", ".rar": "unrar x", ".7z": "7z x",
 }  # fmt: skip
+WAYS = 100  # by which links may lead to a folder
 KEEP = 10_000  # names: a listing of fewer is as fast as reading it
 SETTLED = 2 * 10**9  # ns: a folder younger than that may change again at the same time by its file system's clock
 
@@ -29,7 +32,12 @@ SETTLED = 2 * 10**9  # ns: a folder younger than that may change again at the sa
 def read_bytes(ref: Ref) -> bytes:
     """The content of a file. Raises NecoError that names it."""
     try:
-        return archive.read(ref) if isinstance(ref, Member) else Path(ref).read_bytes()
+        if isinstance(ref, Member):
+            return archive.read(ref)
+        with Path(ref).open("rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > archive.LARGEST:
+                raise OSError(f"{size:.3g} bytes are more than any image has")
+            return file.read()
     except OSError as error:
         raise NecoError(f"cannot read {ref}: {error.strerror or error}") from error
 
@@ -57,19 +65,24 @@ def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
         of folders, sorted. Links are followed, but not to a folder above.
 
     Raises:
-        NecoError: a folder cannot be read.
+        NecoError: a folder cannot be read, or links lead to it in more than 100 ways.
     """
     store = Store(index, "listing", folder)
     kept = _load(store)
     found: dict[str, tuple[int, list[str]]] = {}
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    ways: Counter[tuple[int, int]] = Counter()
     while waiting:
         relative, above = waiting.pop()
         path = f"{folder}/{relative}"
         try:
             now, status = time.time_ns(), Path(path).stat()
-            if (status.st_dev, status.st_ino) in above:
+            here = status.st_dev, status.st_ino
+            if here in above:
                 continue
+            ways[here] += 1
+            if ways[here] > WAYS:  # folders that link to each other: as many ways as there are orders of them
+                raise NecoError(f"{path}: links lead to this folder in more than {WAYS} ways: remove some")
             changed, names = kept.get(relative, (0, []))
             if not changed or changed != status.st_mtime_ns:  # 0: also what file systems without such times say
                 names = _names(path)
@@ -82,7 +95,7 @@ def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
         except OSError as error:
             raise NecoError(f"cannot list {path}: {error.strerror}") from error
         found[relative] = changed, names
-        above |= {(status.st_dev, status.st_ino)}
+        above |= {here}
         waiting += [(f"{relative}{name}", above) for name in reversed(names) if name[-1] == "/"]
     if found != kept and sum(len(names) for _, names in found.values()) >= KEEP:
         changes = np.array([changed for changed, _ in found.values()], np.int64)
@@ -109,11 +122,15 @@ def _names(folder: str) -> list[str]:
             name = entry.name
             if name[0] == ".":  # "._x.jpg": a macOS resource fork
                 continue
-            if entry.is_dir():
-                if name != "__MACOSX":
-                    found.append(f"{name}/")
-            elif name.lower().endswith(wanted) and entry.is_file():  # a pipe would be waited for
-                found.append(name)
+            try:
+                if entry.is_dir():
+                    if name != "__MACOSX":
+                        found.append(f"{name}/")
+                elif name.lower().endswith(wanted) and entry.is_file():  # a pipe would be waited for
+                    found.append(name)
+            except OSError as error:
+                if error.errno != errno.ELOOP:  # a link to itself leads to nothing, as any to what is not there
+                    raise
     return sorted(found)
 
 
@@ -142,7 +159,7 @@ class Place(NamedTuple):
     def file(self) -> Ref | None:
         if self.content:
             return self.content.find(self.name)
-        return self.path if Path(self.path).is_file() else None
+        return self.path if os.path.isfile(self.path) else None  # noqa: PTH113  # a name may be too long to ask for
 
     def found(self, name: str) -> Ref:
         """A file that the folder is known to hold."""

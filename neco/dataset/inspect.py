@@ -31,7 +31,7 @@ class Look:
 
 def places(count: int, looks: int) -> list[int]:
     """Up to `looks` of `count` places, spread evenly, in a fixed random order for those who stop early."""
-    spread = np.unique(np.linspace(0, count - 1, looks if count else 0).round().astype(int))
+    spread = np.unique(np.linspace(0, count - 1, min(looks, count)).round().astype(int))
     return np.random.Generator(np.random.Philox(0)).permutation(spread).tolist()
 
 

@@ -17,7 +17,7 @@ from neco.dataset.base import Dataset, Sample, pair_samples, require_split
 from neco.dataset.files import Tree
 from neco.errors import NecoError
 from neco.progress import track
-from neco.values import NonNegative, Positive
+from neco.values import Million, NonNegative
 
 SIZE = 128  # pixels
 TAU = np.float32(2 * np.pi)
@@ -40,7 +40,7 @@ class Shapes(Dataset):
     image_size = SIZE
 
     def __init__(
-        self, *, root: str, train: Positive = 1000, val: Positive = 200, seed: NonNegative = 0, **common: Any
+        self, *, root: str, train: Million = 1000, val: Million = 200, seed: NonNegative = 0, **common: Any
     ) -> None:
         super().__init__(**common)
         self.root = Path(root).expanduser()

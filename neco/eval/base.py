@@ -30,7 +30,7 @@ from neco.eval.neighbours import full_precision
 from neco.eval.pictures import Picture
 from neco.model.weights import weights_hash
 from neco.progress import track
-from neco.values import MEAN, STD, NonNegative, Positive, PositiveFloat, Size, sides
+from neco.values import MEAN, STD, PositiveFloat, Size, Width, Workers, sides
 
 Nearest = Literal["centre", "floor"]  # which pixel stands for a cell: PIL's (the middle one) or torch's (the first)
 RATIO = 4 / 3  # the most elongated crop, either way
@@ -275,8 +275,8 @@ class Extract:
     def __init__(
         self,
         *,
-        batch_size: Positive = 32,
-        workers: NonNegative = 2,
+        batch_size: Width = 32,
+        workers: Workers = 2,
         device: str | torch.device = "auto",
         cache_dir: str | None = None,
         cache_gb: PositiveFloat = 50.0,

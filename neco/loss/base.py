@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from neco import devices
 from neco.errors import NecoError
 from neco.loss.sorting import at_least_float32
-from neco.values import Positive
+from neco.values import Few, Million
 
 References = Literal["batch", "batch_other", "batch_any", "queue"]
 Mask = Literal["all", "fg", "bg"]
@@ -40,7 +40,7 @@ class Loss(nn.Module):
     student: nn.Module | None
     teacher: nn.Module | None
 
-    def __init__(self, *, grid: Positive = 7, mask: Mask = "all") -> None:
+    def __init__(self, *, grid: Few = 7, mask: Mask = "all") -> None:
         super().__init__()
         self.grid, self.mask = grid, mask
         self.compared = grid**2
@@ -87,7 +87,7 @@ class Referring(Loss):
         *,
         references: References = "batch",
         reference_count: Annotated[int, Ge(2)] | None = None,
-        queue_size: Positive = 8192,
+        queue_size: Million = 8192,
         **common: Any,
     ) -> None:
         super().__init__(**common)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from neco import devices
 from neco.loss.base import Loss, above_floor, similarities
-from neco.values import Positive, PositiveFloat
+from neco.values import Few, Million, PositiveFloat
 
 
 class Leopart(Loss):
@@ -38,10 +38,10 @@ class Leopart(Loss):
     def __init__(
         self,
         *,
-        prototypes: Positive = 300,
+        prototypes: Million = 300,
         temperature: PositiveFloat = 0.1,
         epsilon: Annotated[float, Ge(0.005)] = 0.05,  # exp(-2 / epsilon) has to be a float64
-        iterations: Positive = 3,
+        iterations: Few = 3,
         **common: Any,
     ) -> None:
         super().__init__(**common)

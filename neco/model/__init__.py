@@ -32,13 +32,29 @@ def last_checkpoint(source: str) -> str:
 
 
 def trained_model(source: str | None, trust_pickle: bool = False) -> dict[str, Any] | None:
-    """The `model` node that one of our own checkpoints or exported files holds; None for any other source."""
+    """The `model` node that one of our own checkpoints or exported files holds; None for any other source.
+
+    Raises NecoError for a node that is none, or that would call anything but Backbone, unless the file is trusted.
+    """
     if source is None or not (path := Path(source).expanduser()).is_file():
         return None
     if _sources.is_safetensors(path):
-        return _sources.header(path).get("model")
-    held = _sources.contents(path, trust_pickle).get("neco")
-    return held and held["config"]["model"]
+        node = _sources.header(path).get("model")
+    else:
+        held = _sources.contents(path, trust_pickle).get("neco")
+        try:
+            node = held and held["config"]["model"]
+        except (KeyError, TypeError, IndexError) as error:
+            raise NecoError(f"{source} is no checkpoint of a run: it says of itself {held!r:.60}") from error
+    if node is None:
+        return None
+    target = node.get("_target_") if isinstance(node, dict) else node
+    if target != f"{Backbone.__module__}.{Backbone.__name__}" and not trust_pickle:
+        raise NecoError(
+            f"{source} says that its network is made by {target!r:.60}, which could be any code. If you trust where "
+            "the file comes from: trust_pickle=true"
+        )
+    return node
 
 
 def load_backbone(

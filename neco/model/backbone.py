@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from neco.errors import NecoError
 from neco.model.linear import hasten
-from neco.values import MEAN, STD, Fraction, Positive
+from neco.values import MEAN, STD, Fraction, Pixels, Width
 
 Rule = Literal["hub", "timm", "neco"]
 
@@ -110,13 +110,13 @@ class Backbone(nn.Module):
         self,
         *,
         name: str,
-        size: Positive,
+        size: Pixels,
         pos_interp: Rule = "hub",
         registers: Literal["keep", "drop"] = "keep",
         weights: str = "hub",
         inputs: Literal["imagenet", "clip"] = "imagenet",
         drop_path: Fraction = 0.0,
-        arch: dict[Literal["embed_dim", "depth", "num_heads", "patch_size"], Positive] | None = None,
+        arch: dict[Literal["embed_dim", "depth", "num_heads", "patch_size"], Width] | None = None,
     ) -> None:
         super().__init__()
         arch = {**arch} if arch else {}

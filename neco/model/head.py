@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neco.model.linear import hasten
-from neco.values import Positive
+from neco.values import Few, Width
 
 
 class Head(nn.Module):
@@ -23,7 +23,7 @@ class Head(nn.Module):
         layers: number of linear layers.
     """
 
-    def __init__(self, dim: int, *, hidden: Positive = 2048, out: Positive = 256, layers: Positive = 3) -> None:
+    def __init__(self, dim: int, *, hidden: Width = 2048, out: Width = 256, layers: Few = 3) -> None:
         super().__init__()
         widths = [dim, *[hidden] * (layers - 1), out]
         steps: list[nn.Module] = []

@@ -67,7 +67,10 @@ def locate(source: str, name: str) -> Path:
 
 def read(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]:
     """All tensors of a file, keys of nested dictionaries joined by dots, memory-mapped where the format allows it."""
-    return _flatten(contents(path, trust_pickle))
+    try:
+        return _flatten(contents(path, trust_pickle))
+    except RecursionError as error:
+        raise NecoError(f"{path} holds itself, or is nested too deep") from error
 
 
 def contents(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
@@ -109,9 +112,10 @@ def header(path: Path) -> dict[str, Any]:
     """What `task=export` noted in a `.safetensors` file: its `model` node and the hash of its `weights`. Or nothing."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("neco", "{}"))
-    except (OSError, ValueError, safetensors.SafetensorError):  # `contents` says what is wrong
+            noted = json.loads((file.metadata() or {}).get("neco", "{}"))
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError):  # `contents` says what is wrong
         return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def is_safetensors(path: Path) -> bool:
@@ -148,7 +152,7 @@ def _flatten(tree: Any, path: str = "", depth: int = 0) -> dict[str, Tensor]:
     if isinstance(tree, Tensor):
         return {path: tree}
     if depth > 30:
-        raise NecoError(f"a file of weights holds itself, or is nested too deep: {path[:60]}...")
+        raise RecursionError
     items = tree.items() if isinstance(tree, dict) else ()  # no other mapping: OmegaConf's would resolve what it holds
     flat: dict[str, Tensor] = {}
     for key, value in items:

@@ -64,7 +64,8 @@ def prepare(settings: Settings) -> Job:
     network = outline(settings.config.get("model"))
     views = call(settings.build("augment").resolve, "augment", patch=network.patch, size=network.size)
     trainable.restrict(network, options)
-    settings.build("head", dim=network.dim)
+    with torch.device("meta"):
+        settings.build("head", dim=network.dim)
     loss = settings.build("loss")
     call(loss.check, "loss", device=device)
     source_of_weights(settings)

@@ -24,13 +24,13 @@ class Module(pl.LightningModule, ABC):
         steps: optimiser steps of the whole run, over which the schedules go.
     """
 
-    broken_at: Tensor
+    broken_at: Tensor  # the first steps at which loss and gradient were not finite, -1 for never
     shown: tuple[str, ...] = ("loss",)
 
     def __init__(self, *, options: schema.Trainings, optim: schema.Optim, steps: int, seed: int) -> None:
         super().__init__()
         self.options, self.optim_options, self.steps, self.seed = options, optim, steps, seed
-        self.register_buffer("broken_at", torch.tensor(-1), persistent=False)
+        self.register_buffer("broken_at", torch.full((2,), -1), persistent=False)
         self.metrics: dict[str, Tensor] = {}
         self.step_metrics: dict[str, Tensor | float] = {}
         self.saved: dict[str, Any] = {}  # the run's own part of its checkpoints
@@ -48,21 +48,32 @@ class Module(pl.LightningModule, ABC):
         """Add a batch's numbers to those of the step; returns the loss."""
         for name, value in {"loss": loss.detach(), **(extra or {})}.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + value / self.options.accumulate
-        self.note_broken(loss)
+        self.note_broken(0, loss)
         return loss
 
-    def note_broken(self, value: Tensor) -> None:
-        """Remember the first step with a number that is not finite, without waiting for the device."""
-        step = torch.full_like(self.broken_at, self.global_step + 1)
-        self.broken_at = torch.where((self.broken_at < 0) & ~value.detach().isfinite(), step, self.broken_at)
+    def note_broken(self, place: int, value: Tensor) -> None:
+        """Remember in `broken_at` the first step where it is not finite, without waiting for the device."""
+        before = self.broken_at[place]
+        step = torch.full_like(before, self.global_step + 1)
+        self.broken_at[place] = torch.where((before < 0) & ~value.detach().isfinite(), step, before)
 
-    def raise_if_broken(self, last: Path) -> None:
-        """Raises NecoError if loss or gradient was not finite at some step; nothing is saved after it."""
-        if (step := int(self.broken_at)) >= 0:
+    def raise_if_broken(self, last: Path, saving: bool = False) -> None:
+        """Raises NecoError if loss or gradient was not finite at some step or, before saving, if a weight isn't now."""
+        found = [
+            (step, what) for step, what in zip(self.broken_at.tolist(), ("loss", "gradient"), strict=True) if step >= 0
+        ]
+        if (
+            saving
+            and not found
+            and not strategies.whole(torch.nn.utils.get_total_norm([*self.parameters()])).isfinite()
+        ):
+            named = [name for name, p in self.named_parameters() if not strategies.local([p])[0].isfinite().all()]
+            found = [(self.global_step, f"a weight ({', '.join(named[:3]) or 'all are beyond 1e19'})")]
+        if found:
+            step, what = min(found, key=lambda pair: pair[0])
             saved = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved before"
             raise NecoError(
-                f"loss or gradient is not a finite number at step {step}; {saved}. "
-                f"Lower optim.lr or {self.options.node}.clip."
+                f"{what} is not a finite number at step {step}; {saved}. Lower optim.lr or {self.options.node}.clip."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -87,7 +98,7 @@ class Module(pl.LightningModule, ABC):
         """Before clipping: the gradient's norm over everything that trains."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = strategies.whole(torch.nn.utils.get_total_norm(grads))
-        self.note_broken(norm)
+        self.note_broken(1, norm)
         self.metrics["grad_norm"] = norm
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:

@@ -202,7 +202,7 @@ class Loop(pl.Callback):
             due = step in self.keep or step in self.evaluated or step == self.plan.steps
             ends = asked if agreed else None  # all processes save, so they agree when
             if due or ends or (late and agreed):
-                module.raise_if_broken(self.checkpoints.last)
+                module.raise_if_broken(self.checkpoints.last, saving=True)
                 name = f"epoch_{self.keep[step]:04d}.ckpt" if step in self.keep else None
                 self.checkpoints.save(trainer, name)
             if ends:

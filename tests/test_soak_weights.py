@@ -1,0 +1,41 @@
+"""A few of the trials of tests/soak/weights.py, others each day; `make soak` does all of them."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import soak
+from conftest import ROOT
+
+
+@pytest.mark.parametrize("trial", soak.trials("weights"), ids=lambda trial: trial.name)
+def test_trials(trial: soak.Trial, tmp_path: Path) -> None:
+    assert len(trial(tmp_path, trial.small)) >= trial.small
+
+
+FORBIDDEN = {  # what makes code of text, or files of archives
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "marshal.loads",
+    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "tempfile.mktemp", "shutil.unpack_archive", "joblib.load",
+    "*.extractall",
+}  # fmt: skip
+ALLOWED = {("torch.load", "neco/model/sources.py"), ("torch.jit.load", "neco/model/sources.py")}
+
+
+def calls() -> Iterator[tuple[str, ast.Call, str]]:
+    """What is called anywhere in the code, by its dotted name, and where."""
+    for path in sorted([*(ROOT / "neco").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                yield ast.unparse(node.func), node, path.relative_to(ROOT).as_posix()
+
+
+def test_no_text_becomes_code() -> None:
+    found = [(name, path) for name, _, path in calls()]
+    assert len(found) > 5000 and set(found) >= ALLOWED
+    for name, path in found:
+        assert name not in FORBIDDEN and f"*.{name.rpartition('.')[2]}" not in FORBIDDEN, f"{name} in {path}"
+        assert not name.endswith(("torch.load", "jit.load")) or (name, path) in ALLOWED, f"{name} in {path}"
+    for name, node, path in calls():
+        for keyword in node.keywords:
+            assert keyword.arg not in ("shell", "allow_pickle"), f"{name}({keyword.arg}=...) in {path}"
