@@ -1,6 +1,7 @@
 """`python -m neco`: compose conf/, validate all of it, run the task."""
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -43,6 +44,8 @@ def usage() -> str:
 
 HYDRA = ("hydra/launcher", "hydra/sweeper")
 MODES = {"-m", "--multirun", "-c", "--cfg", "--info"}
+# What a disk does to a run
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM}
 started = False
 failure: NecoError | None = None
 
@@ -129,6 +132,12 @@ def run(cfg: Any) -> float | None:
             overrides, output = sys.argv[1:], Path(hydra.sweep.dir)
         stop.args = (f"{stop}; {saved}. {again(overrides, output)}",)
         raise
+    except OSError as error:
+        if error.errno not in DISK and output.is_dir():
+            raise
+        place = error.filename2 or error.filename or "a file of run_dir, cache_dir or the folder of temporary files"
+        gone = "" if output.is_dir() else f"; run_dir={output} was removed while the run was in it"
+        raise NecoError(f"{place}: {error.strerror}{gone}. With that mended, the same command goes on") from error
 
 
 def explain(error: Exception, overrides: list[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from neco import files
 from neco.config import nearest
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
@@ -30,14 +31,12 @@ PACKAGES = (
 
 
 def write(path: Path, text: str) -> None:
-    """Write whole or not at all: a temporary file beside it, synced, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:  # names of files are any bytes
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write whole or not at all. Raises NecoError where that cannot be."""
+    try:
+        with files.whole(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # names of files are any bytes
+            file.write(text)
+    except OSError as error:
+        raise files.refused(path, error) from error
 
 
 def git_revision() -> str | None:

@@ -99,9 +99,9 @@ def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     results.write(path, "first")
     monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(NecoError, match=r"cannot write .*a\.txt: disk full"):
         results.write(path, "second")
-    assert path.read_text() == "first"
+    assert path.read_text() == "first" and [*tmp_path.iterdir()] == [path]
 
 
 def test_git_revision_is_the_checkouts_own():

@@ -10,7 +10,6 @@ import shutil
 import stat
 import struct
 import tarfile
-import uuid
 import zipfile
 import zlib
 from bisect import bisect_left
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
+from neco import files
 from neco.errors import NecoError
 from neco.progress import track
 
@@ -402,17 +402,11 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         if size > shutil.disk_usage(folder).free:
             raise OSError(f"there is not so much room in {folder}")
-        temporary = folder / f"{self.path.name}.{uuid.uuid4().hex}.tmp"
-        try:
-            with temporary.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
+        with files.whole(self.path) as file:
+            write(file)
             if time is not None:
-                os.utime(temporary, ns=(time, time))
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                file.flush()
+                os.utime(file.fileno(), ns=(time, time))
 
 
 @lru_cache

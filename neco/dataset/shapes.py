@@ -5,14 +5,15 @@ random, scale and direction a little, so that raw pixels say next to nothing abo
 """
 
 import hashlib
-import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from neco import files
 from neco.dataset.base import Dataset, Sample, pair_samples, require_split
 from neco.dataset.files import Tree
 from neco.errors import NecoError
@@ -62,8 +63,8 @@ class Shapes(Dataset):
     def _write(self, folder: Path) -> None:
         """Draw into a temporary folder, then rename it: the first process wins, nobody ever sees half a data set."""
         self.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.root, prefix=".drawing-") as name:
-            work = Path(name) / "shapes"
+        with files.scratch(self.root) as temporary:
+            work = temporary / "shapes"
             for split, count in self.counts.items():
                 for kind in ("images", "masks"):
                     (work / split / kind).mkdir(parents=True)
@@ -72,6 +73,8 @@ class Shapes(Dataset):
                     # subsampling 0: halved colour resolution would blur textures of one brightness away
                     Image.fromarray(image).save(work / split / "images" / f"{i:05d}.jpg", quality=95, subsampling=0)
                     Image.fromarray(mask).save(work / split / "masks" / f"{i:05d}.png")
+            with ThreadPoolExecutor(16) as pool:  # one by one is 20 times slower
+                list(pool.map(files.sync, work.rglob("*")))
             try:
                 work.rename(folder)
             except OSError:

@@ -1,5 +1,6 @@
 """Features on disk, under a name that holds everything they depend on, in a folder of bounded size."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -7,9 +8,11 @@ import math
 import os
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
+
+from neco import files
 
 log = logging.getLogger(__name__)
 Spec = dict[str, Any]
@@ -87,7 +90,8 @@ class Entry:
 
     def __init__(self, cache: Cache, spec: Spec | None, images: int) -> None:
         self.cache, self.path, self.images = cache, cache.path(spec), images
-        self.file: BinaryIO | None = None
+        self.stack = contextlib.ExitStack()
+        self.file: IO[bytes] | None = None
         self.sum = bytes(4)
 
     def __enter__(self) -> "Entry":
@@ -103,32 +107,31 @@ class Entry:
             self.file.write(np.ascontiguousarray(features).data)
             self.sum = checksum(features, int.from_bytes(self.sum, "little"))
         except OSError as error:
-            log.warning("features are not kept in %s: %s", self.cache.folder, error)
-            self._drop()
-            self.path = None
+            self._drop(error)
 
-    def _open(self, path: Path, shape: tuple[int, ...]) -> BinaryIO:
+    def _open(self, path: Path, shape: tuple[int, ...]) -> IO[bytes]:
         if not self.cache.fits(shape):
             raise OSError(f"{math.prod(shape) * 4 / 1e9:.1f} GB would be more than cache_gb={self.cache.limit / 1e9:g}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.with_name(f"{path.name}.{os.getpid()}.tmp").open("wb")
+        file = self.stack.enter_context(files.whole(path))
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         return file
 
-    def _drop(self) -> None:
-        if self.file:
-            self.file.close()
-            Path(self.file.name).unlink(missing_ok=True)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None and self.file and self.path:
-                self.file.write(self.sum)
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                Path(self.file.name).replace(self.path)
-                self.cache.trim()
-        except OSError as error:
+    def _drop(self, error: BaseException) -> None:
+        """Remove the file, which makes room for others."""
+        if isinstance(error, OSError):
             log.warning("features are not kept in %s: %s", self.cache.folder, error)
-        finally:
-            self._drop()
+        with contextlib.suppress(OSError):  # of closing it on a full disk
+            self.stack.__exit__(type(error), error, None)
+        self.file = self.path = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            if error:
+                self._drop(error)
+            elif self.file:
+                self.file.write(self.sum)
+                self.stack.close()
+                self.cache.trim()
+        except OSError as full:
+            self._drop(full)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from neco import files
 from neco.logger.base import About, Tracker
 
 
@@ -42,9 +43,7 @@ class Csv(Tracker):
             csv.DictWriter(file, self.fields, restval="").writerow(whole)
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
+        with files.whole(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.fields, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(self.path)

@@ -6,9 +6,7 @@ Shapes: B images, H W pixels, h w patches, D channels.
 import importlib.util
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +18,7 @@ from timm.layers import GluMlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from neco import files
 from neco.config import build
 from neco.errors import NecoError
 from neco.model import weights
@@ -153,8 +152,8 @@ def write(
     digest = weights.weights_hash(network)
     about = {"neco": json.dumps({"model": node, "weights": digest})}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-        part = Path(folder) / path.name
+    with files.scratch(path.parent) as folder:
+        part = folder / path.name
         if form == "onnx":
             _write_onnx(network, part, about)
             told = _compare(network, _session(part), [(1, 0, 0), (2, -1, 2)], TOLERANCE)
@@ -171,12 +170,11 @@ def write(
             told = _compare(network, again, [(1, 0, 0)], 0)
         told = f"weights {digest}, {told}"
         for name, text in beside(told).items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-        files = sorted(Path(folder).iterdir(), key=lambda file: file == part)  # the weights last
-        for written in files:
-            with written.open("rb") as file:
-                os.fsync(file.fileno())
-        for written in files:
+            (folder / name).write_text(text, encoding="utf-8")
+        whole = sorted(folder.iterdir(), key=lambda file: file == part)  # the weights last
+        for written in whole:
+            files.sync(written)
+        for written in whole:
             written.replace(path.with_name(written.name))
     return told
 

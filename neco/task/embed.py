@@ -9,7 +9,6 @@ import csv
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils import data
 
-from neco import devices, interrupt, results
+from neco import devices, files, interrupt, results
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset, Sample, read_image, stored_size
 from neco.dataset.files import stamp
@@ -193,21 +192,16 @@ class Shards:
             return
         about = {"asked": self.asked, "start": self.start, "end": self.done, "images": self.images, "bad": self.new}
         path = self.folder / self._next()
-        part = path.with_name(f".{path.name}.tmp")
         rows = torch.cat(self.rows) if self.rows else torch.zeros(0, 1)
-        with part.open("wb") as file:  # save_file's would be for the owner only
+        with files.whole(path) as file:  # save_file's would be for the owner only
             file.write(safetensors.torch.save({"features": rows}, {"neco": json.dumps(about)}))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
         self.count += 1
         self._start()
 
     def write_index(self) -> int:
         """Write index.csv: where the features of each image are. Returns how many images there are."""
         path, images = self.folder / "index.csv", 0
-        part = path.with_name(".index.csv.tmp")
-        with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names are any bytes
+        with files.whole(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # any bytes
             lines = csv.writer(file)
             lines.writerow(["key", "file", "row", "h", "w"])
             for name, held in self.headers():
@@ -215,7 +209,6 @@ class Shards:
                 for key, h, w in held["images"]:
                     lines.writerow([key, name, row, h, w])
                     row, images = row + h * w, images + 1
-        part.replace(path)
         return images
 
 

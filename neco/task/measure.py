@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from neco import files
 from neco.config import Settings, option, options
 from neco.dataset.base import Dataset, Sample
 from neco.dataset.files import stamp
@@ -192,8 +192,7 @@ def _show(
 
 def save(head: Trained, path: Path) -> None:
     """Write what an evaluation trained, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(safetensors.torch.save(dict(head.tensors), dict(head.about)))
-    temporary.replace(path)
+    path.parent.mkdir(exist_ok=True)
+    with files.whole(path) as file:
+        file.write(safetensors.torch.save(dict(head.tensors), dict(head.about)))
     log.info("trained head  %s", path)

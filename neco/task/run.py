@@ -182,6 +182,7 @@ class Run:
             gradient_clip_val=options.clip,
             callbacks=[bad, Loop(plan, self.checkpoints, evaluated, partial(self.trackers.tell, "metrics"), at_start)],
             logger=False,
+            plugins=[self.checkpoints],
             default_root_dir=self.output,
             use_distributed_sampler=False,
             enable_checkpointing=False,

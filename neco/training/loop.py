@@ -13,9 +13,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
-from neco import devices, interrupt, progress, startup
+from neco import devices, files, interrupt, progress, startup
 from neco.errors import NecoError
 from neco.schema import Trainings
 from neco.training import memory
@@ -55,7 +56,7 @@ class Plan:
         return {step: epoch for step, epoch in ends.items() if step < self.steps}
 
 
-class Checkpoints:
+class Checkpoints(TorchCheckpointIO):
     """checkpoints/last.ckpt, and epoch_NNNN.ckpt to keep.
 
     A file is written under another name, synced and renamed: what was saved stays until the new one is whole.
@@ -65,18 +66,30 @@ class Checkpoints:
         self.folder, self.last, self.saved_at = folder, folder / "last.ckpt", time.monotonic()
 
     def save(self, trainer: pl.Trainer, keep_as: str | None = None) -> None:
-        """Renew last.ckpt; `keep_as` names a second link to it that stays."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Renew last.ckpt; `keep_as` names a second link to it that stays. Raises NecoError where it cannot be."""
         temporary = self.folder / "last.ckpt.tmp"
         trainer.save_checkpoint(temporary)  # a task of all processes, written by the first
         self.saved_at = time.monotonic()
         if not devices.leader():
             return
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
         if keep_as:
             self.keep(temporary, keep_as)
         temporary.replace(self.last)
+        files.sync(self.folder)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """For Lightning, whose own goes through memory and the folder of temporary files, where a kill leaves it."""
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with Path(path).open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):
+                Path(path).unlink(missing_ok=True)
+            kept = f"{self.last} is the one before" if self.last.is_file() else "none was saved before"
+            raise NecoError(f"{files.refused(path, error)}. {kept}; the same command goes on from there") from error
 
     def set_aside(self, name: str, other: str) -> bool:
         """Another name for what is called `name`, if anything but the last is; whether it was."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-TOPICS = ["kills", "disk", "processes", "determinism", "long"]
+TOPICS = ["kills", "disk", "inputs", "configs", "weights", "numbers"]
 
 
 class Outcome(NamedTuple):

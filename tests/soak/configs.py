@@ -44,6 +44,7 @@ LAYOUT = {
     "folder": "folder",
 }  # fmt: skip
 SLOW = re.compile(r"(workers|devices|nodes|batch_size|compile|logger|applier)\b|=(cuda|onnx)$")  # what is not run
+SECONDS = 20.0  # that one command may take, a step and all imports with it
 TOP = [key for key in typing.get_type_hints(schema.Run) if key not in ("task", "debug")]
 
 
@@ -204,13 +205,13 @@ def _environment() -> Iterator[None]:
         os.environ.update(kept)
 
 
-@trial(small=60, full=100_000)
+@trial(small=30, full=5000)
 def keys(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
     """Every key of every option, each wrong in five ways; of those accepted one in ten is run for a step."""
     with _environment():
         _prepared(folder)
         chosen = bases(folder / "data")
-        some = chosen if count > 1000 else rng.sample(chosen, min(len(chosen), 8))
+        some = chosen if count > 200 else rng.sample(chosen, min(len(chosen), 8))
         trials = [
             (base, what, override)
             for base in some
@@ -240,7 +241,7 @@ def keys(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
                     raise forked.Wrong(f"the key is not named: {error}") from error
                 raise
 
-        verdicts = forked.run(trials, act)
+        verdicts = forked.run(trials, act, seconds=SECONDS)
     bad = [
         f"{base.name} {override}: {v.kind}: {v.said}"
         for (base, _, override), v in zip(trials, verdicts, strict=True)
@@ -325,7 +326,7 @@ def _tried(folder: Path, commands: Sequence[tuple[str, ...]], run: bool) -> list
                 raise forked.Wrong(f"neither is named: {error}") from error
             raise
 
-    found = forked.run(commands, act)
+    found = forked.run(commands, act, seconds=SECONDS)
     bad = [f"{' '.join(c)}: {v.kind}: {v.said}" for c, v in zip(commands, found, strict=True) if v.bad]
     assert not bad, f"{len(bad)} of {len(commands)} commands:\n" + "\n".join(bad[:40])
     return found

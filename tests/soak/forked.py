@@ -21,8 +21,8 @@ from typing import Any
 
 from neco.errors import NecoError
 
-SECONDS = 5.0  # that one trial may take, on an idle machine
-PATIENCE = 24  # times as long as that before the process is ended: machines are shared
+SECONDS = 5.0  # of CPU that one trial may take
+PATIENCE = 24  # times as long before the process is ended: machines are shared
 MEMORY = 1 << 30  # bytes that one trial may add
 
 
@@ -44,7 +44,9 @@ class Verdict:
         return self.kind in ("crash", "hang", "killed", "memory", "wrong")
 
 
-def run(trials: Sequence[Any], act: Callable[[Any], str], memory: int = MEMORY) -> list[Verdict]:
+def run(
+    trials: Sequence[Any], act: Callable[[Any], str], memory: int = MEMORY, seconds: float = SECONDS
+) -> list[Verdict]:
     """`act(trial)` for each, in processes forked from this one. It returns the kind of outcome, or raises.
 
     NecoError is the kind `refused`, Wrong is `wrong`, every other exception `crash`; `hang`, `killed` (by a signal)
@@ -53,12 +55,12 @@ def run(trials: Sequence[Any], act: Callable[[Any], str], memory: int = MEMORY) 
     context, found = multiprocessing.get_context("fork"), []
     while len(found) < len(trials):
         ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(theirs, trials[len(found) :], act, memory))
+        child = context.Process(target=_child, args=(theirs, trials[len(found) :], act, memory, seconds))
         child.start()
         theirs.close()
         while len(found) < len(trials):
-            if not ours.poll(SECONDS * PATIENCE):
-                found.append(Verdict("hang", f"no end after {SECONDS * PATIENCE:.0f} s"))
+            if not ours.poll(seconds * PATIENCE):
+                found.append(Verdict("hang", f"no end after {seconds * PATIENCE:.0f} s"))
                 break
             try:
                 found.append(ours.recv())
@@ -73,7 +75,7 @@ def run(trials: Sequence[Any], act: Callable[[Any], str], memory: int = MEMORY) 
     return found
 
 
-def _child(pipe: Connection, trials: Sequence[Any], act: Callable[[Any], str], memory: int) -> None:
+def _child(pipe: Connection, trials: Sequence[Any], act: Callable[[Any], str], memory: int, seconds: float) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 4 * memory
@@ -85,7 +87,7 @@ def _child(pipe: Connection, trials: Sequence[Any], act: Callable[[Any], str], m
         took, added = time.process_time() - start, _peak() - before
         if kind not in ("crash", "wrong") and added > memory:
             kind, said = "memory", f"{added / 1e9:.2f} GB more; {kind} {said}"
-        if kind not in ("crash", "wrong") and took > SECONDS:
+        if kind not in ("crash", "wrong") and took > seconds:
             kind, said = "hang", f"{took:.1f} s; {kind} {said}"
         pipe.send(Verdict(kind, said[:500], took, added))
     os._exit(0)

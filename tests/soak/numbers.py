@@ -166,7 +166,7 @@ BACKBONES = ("random", "zero", "NaN")
 SIZES = ("eval.{}.k=1", "eval.{}.k=100000", "")
 
 
-@trial(small=6, full=300)
+@trial(small=4, full=300)
 def poor_masks(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
     """Evaluations and fine-tuning on masks that say nothing, by networks that say nothing; k beyond the patches."""
     torch.manual_seed(0)

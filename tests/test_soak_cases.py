@@ -1,4 +1,4 @@
-"""A few of the trials of tests/soak/weights.py, others each day; `make soak` does all of them."""
+"""A few trials of what comes from outside, others each day; `make soak` does all of them."""
 
 import ast
 from collections.abc import Iterator
@@ -8,9 +8,16 @@ import pytest
 import soak
 from conftest import ROOT
 
+TRIALS = [
+    pytest.param(trial, id=f"{topic}-{trial.name}", marks=[pytest.mark.slow] * (topic in ("configs", "numbers")))
+    for topic in ("inputs", "configs", "weights", "numbers")
+    for trial in soak.trials(topic)
+]
 
-@pytest.mark.parametrize("trial", soak.trials("weights"), ids=lambda trial: trial.name)
-def test_trials(trial: soak.Trial, tmp_path: Path) -> None:
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trial", TRIALS)
+def test_trial(trial: soak.Trial, tmp_path: Path) -> None:
     assert len(trial(tmp_path, trial.small)) >= trial.small
 
 
