@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ class Summary(Callback):
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
+        if os.environ.get("RANK", "0") != "0":  # of torchrun
+            return
         if [*folder.glob(f"*/{STATUS}")] and not config.get("launcher", {}).get("detach"):
             print(f"\n{summary(folder)}\n\nwrote  {folder / 'summary.txt'}, .md, .csv")
 
@@ -42,7 +45,7 @@ def summary(folder: Path) -> str:
     found = {job: json.loads(files[job].read_text()) if files[job].is_file() else [] for job in jobs}
     done = [job for job in jobs if said[job]["status"] == "done"]
     trained = any(len({r["step"] for r in found[job]}) > 1 for job in done)
-    common = set.intersection(*(set(said[job]["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
+    common = set.intersection(*(set(said[job]["overrides"]) for job in jobs)) if jobs else set()
     before: list[dict[str, float]] = []
     lines: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     table: list[dict[str, Any]] = []
