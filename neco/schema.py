@@ -47,6 +47,7 @@ class Training:
     save_epochs: NonNegative
     save_minutes: PositiveFloat
     log_steps: Positive
+    wait_minutes: PositiveFloat
     checkpoint_activations: bool
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from neco.training import data, strategies
 from neco.training.bad import BadImages
 from neco.training.base import Module
 from neco.training.loop import Checkpoints, Loop, Plan
+from neco.training.peers import Peers
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ FREE |= {
     for node in ("train", "finetune")
     for key in (
         "resume", "workers", "eval_epochs", "save_epochs", "save_minutes", "log_steps", "devices", "nodes", "strategy",
-        "checkpoint_activations", "compile", "monitor", "patience",
+        "wait_minutes", "checkpoint_activations", "compile", "monitor", "patience",
     )
 }  # fmt: skip
 # What decides which parameters and buffers there are: the state of others is of no use.
@@ -171,6 +172,7 @@ class Run:
         warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
         warnings.filterwarnings("ignore", module=r"PIL\.")  # broken metadata of images that can be read
         logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+        peers = Peers(60 * options.wait_minutes)
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=options.devices,
@@ -180,7 +182,11 @@ class Run:
             max_epochs=1,  # one stream over all epochs, see Positions
             accumulate_grad_batches=options.accumulate,
             gradient_clip_val=options.clip,
-            callbacks=[bad, Loop(plan, self.checkpoints, evaluated, partial(self.trackers.tell, "metrics"), at_start)],
+            callbacks=[
+                bad,
+                Loop(plan, self.checkpoints, evaluated, partial(self.trackers.tell, "metrics"), at_start),
+                peers,
+            ],
             logger=False,
             plugins=[self.checkpoints],
             default_root_dir=self.output,
@@ -196,8 +202,11 @@ class Run:
                 plan.images, micro, plan.steps * options.accumulate, self.settings.run.seed, done * options.accumulate,
                 shares,
             )  # fmt: skip
-            loader = data.loader(items, positions, options.workers, pin=device.type == "cuda")
-            trainer.fit(module, loader, ckpt_path=self.resume)
+            loader = data.loader(
+                items, positions, options.workers, pin=device.type == "cuda", seconds=60 * options.wait_minutes
+            )
+            with peers, data.named_workers():
+                trainer.fit(module, loader, ckpt_path=self.resume)
             done = trainer.global_step
             if done < plan.steps:
                 log.info(

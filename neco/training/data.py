@@ -1,5 +1,7 @@
 """Training input: which image at which position, and what is drawn from it as uint8 tensors."""
 
+import contextlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -175,8 +177,22 @@ class Loader(DataLoader):
             return super().__iter__()
 
 
-def loader(data: Drawn, positions: Positions, workers: int, pin: bool) -> DataLoader:
-    """Batches of items, in the order of `positions` for any number of workers."""
+@contextlib.contextmanager
+def named_workers() -> Iterator[None]:
+    """A block in which the end of a data worker is a NecoError."""
+    try:
+        yield
+    except RuntimeError as error:  # from any line, as torch raises it in a signal's handler
+        if not (told := re.search(r"DataLoader (worker.* (killed|exited)|timed out).*", str(error))):
+            raise
+        raise NecoError(
+            f"a process that reads images is gone or hangs ({told[0].rstrip('.')}). Mostly memory is short: lower the "
+            "number of workers. The same command goes on from the last checkpoint"
+        ) from error
+
+
+def loader(data: Drawn, positions: Positions, workers: int, pin: bool, seconds: float = 0) -> DataLoader:
+    """Batches of items, in the order of `positions` for any number of workers, which have `seconds` for each."""
     return Loader(
         data,
         batch_sampler=positions,
@@ -185,4 +201,5 @@ def loader(data: Drawn, positions: Positions, workers: int, pin: bool) -> DataLo
         worker_init_fn=worker_init,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        timeout=seconds if workers else 0,
     )

@@ -163,7 +163,8 @@ class Loop(pl.Callback):
         self.bar: progress.Captioned | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        if self.plan.options.monitor and trainer.global_step == 0 and 0 in self.evaluated:
+        begins = trainer.global_step == 0 and not (trainer.ckpt_path and self.checkpoints.last.is_file())
+        if self.plan.options.monitor and begins and 0 in self.evaluated:
             self.checkpoints.save(trainer)  # the start may turn out to be the best
         interrupt.listen()  # Lightning has taken SIGTERM
         if trainer.global_step in self.evaluated:

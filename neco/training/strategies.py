@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,14 +19,18 @@ def strategy(options: Trainings, device: torch.device) -> Strategy | str:
     if options.processes == 1:
         return "auto"
     backend = "nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(minutes=options.wait_minutes + 1)  # `Peers`, which knows for whom, is first
     if options.strategy == "fsdp":  # one file with whole tensors: it resumes with any number of devices
         return ModelParallelStrategy(
             data_parallel_size=options.processes,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=backend,
+            timeout=limit,
         )
-    return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DDPStrategy(
+        process_group_backend=backend, timeout=limit, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def shard(network: Any, mesh: Any) -> None:

@@ -8,11 +8,11 @@ import datetime
 import importlib
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-TOPICS = ["kills", "disk", "inputs", "configs", "weights", "numbers"]
+TOPICS = ["kills", "disk", "processes", "determinism", "long", "inputs", "configs", "weights", "numbers"]
 
 
 class Outcome(NamedTuple):
@@ -34,10 +34,10 @@ class Trial(NamedTuple):
     small: int
     full: int
 
-    def __call__(self, folder: Path, count: int) -> list[Outcome]:
+    def __call__(self, folder: Path, count: int) -> Iterator[Outcome]:
         """Run it with the seed of today; an error says which that is."""
         try:
-            return [*self.run(random.Random(f"{seed()} {self.name}"), folder, count)]
+            yield from self.run(random.Random(f"{seed()} {self.name}"), folder, count)
         except BaseException as error:
             error.add_note(f"to see it again: NECO_SOAK_SEED={seed()}")
             raise

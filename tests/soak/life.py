@@ -92,6 +92,7 @@ class At:
         self.trace, self.process = os.open("trace.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), os.getpid()
         self.folder, sync = f"{Path.cwd()}/", os.fsync
         os.fsync = lambda number: (self.event("sync", str(Path(f"/proc/self/fd/{number}").readlink())), sync(number))[1]
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         sys.addaudithook(self.audit)
 
     def audit(self, event: str, given: tuple[Any, ...]) -> None:
@@ -111,7 +112,6 @@ class At:
         self.count += 1
         os.write(self.trace, f"{kind} {name.removeprefix(self.folder)}\n".encode())
         if self.size is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size if self.count == self.number else most, most))
         elif self.count == self.number:
