@@ -40,7 +40,9 @@ def begin(folder: Path, arguments: Sequence[str], *setup: Setup, **environment: 
 
 def end(process: BaseProcess, folder: Path, seconds: float = 300) -> End:
     process.join(seconds)
-    assert process.exitcode is not None, f"it goes on after {seconds} s"
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"it goes on after {seconds} s")
     return End(process.exitcode, (folder / "said.txt").read_text(errors="replace"))
 
 

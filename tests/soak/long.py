@@ -32,15 +32,17 @@ def sampled(path: Path, every: int) -> None:
     Loop.on_train_batch_end = then
 
 
-@trial(small=150, full=5000)
+@trial(small=90, full=5000)
 def steps(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
     """Steps, with data workers, a row each, evaluations and saves."""
     epochs = count // 3 // 8  # between two of eight evaluations
     options = [f"train.steps={count}", f"train.eval_epochs={epochs}", "train.save_minutes=0.05", "run_dir=run"]
     options += ["train.workers=1"]
-    ended = life.live(folder / "it", [*life.TINY, *options], partial(sampled, folder / "used.json", count // 30))
+    it = folder / "it"
+    process = life.begin(it, [*life.TINY, *options], partial(sampled, folder / "used.json", count // 30))
+    ended = life.end(process, it, seconds=3600)
     assert ended.code == 0, ended.said
-    assert len(kills.rows(folder / "it")) == count
+    assert len(kills.rows(it)) == count
     found = json.loads((folder / "used.json").read_text())
     (_, *start), (_, *middle), (_, *end) = found[1], found[len(found) // 2], found[-1]
     assert end[0] <= middle[0] + GROWTH, found

@@ -18,7 +18,7 @@ from pathlib import Path
 from soak import Outcome, kills, life, trial
 from soak.disk import DONE, refusal
 
-WAIT = 15.0  # seconds, the stated time
+WAIT = 10.0  # seconds, the stated time
 PAIR = [
     *life.TINY, f"train.steps={kills.STEPS}", "train.save_minutes=1e-9", "train.devices=2", "train.drop_path=0",
     f"train.wait_minutes={WAIT / 60}",
