@@ -11,6 +11,6 @@ cd "$(dirname "$0")/.."
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 "$python" -m venv "$place"
-"$place/bin/python" -m pip install -q --disable-pip-version-check -c "$constraints" -e '.[test]'
+"$place/bin/python" -m pip install -q --disable-pip-version-check -c "$constraints" -e '.[test,infomap,onnx]'
 "$place/bin/python" -m pip freeze --exclude-editable | grep -iE '^(torch|timm|pytorch-lightning|hydra-core|numpy)=='
 OMP_NUM_THREADS=1 "$place/bin/python" -m pytest -q -n 2 --dist loadfile --deselect tests/test_wheel.py "$@"

@@ -77,6 +77,7 @@ def run(
 
 def _child(pipe: Connection, trials: Sequence[Any], act: Callable[[Any], str], memory: int, seconds: float) -> None:
     logging.disable(logging.CRITICAL)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where libtiff writes
     warnings.simplefilter("ignore")
     room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 4 * memory
     resource.setrlimit(resource.RLIMIT_AS, (room, room))  # a bomb ends this process, not the machine
