@@ -132,6 +132,8 @@ def match(backbone: Backbone, held: Mapping[str, Tensor], where: str) -> tuple[d
     """The state of `backbone.net` from a network's tensors under any known names, and the keys that were ignored."""
     wanted: dict[str, Tensor] = backbone.net.state_dict()
     state: dict[str, Tensor] = {}
+    if sparse := [key for key, value in held.items() if value.layout != torch.strided]:
+        raise NecoError(f"{where} holds sparse tensors: {', '.join(sparse[:10])}")
     for given, value in held.items():
         key = given
         for pattern, name in RENAMES:
