@@ -394,9 +394,10 @@ def mutations(rng: random.Random, base: Path, count: int) -> Iterator[Outcome]:
     assert not bad, f"{len(bad)} of {len(found)} mutations: " + "\n".join(bad[:20])
     for name, verdict in found:
         kind, _, past = verdict.kind.partition(" ")
-        where = "past the header check" if past else "before it"
+        where = "past the header check" if past else "without a sound header"
+        yield Outcome("all mutations", where)
         yield Outcome(f"mutated {KINDS.get(name.split()[0], 'bmp, gif, webp, tiff')}", f"{RESULTS[kind]}, {where}")
-    yield Outcome("all mutations", f"longest {max(v.seconds for _, v in found):.1f} s of CPU")
+    yield Outcome("all mutations", f"longest {max(v.seconds for _, v in found):.2f} s of CPU")
     yield Outcome("all mutations", f"most memory {max(v.memory for _, v in found) >> 20} MB")
 
 
