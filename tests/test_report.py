@@ -86,7 +86,7 @@ def test_names_are_text_in_every_format(tmp_path: Path) -> None:
     assert "<img src=x" not in files[".html"] and "&lt;/script&gt;&lt;img src=x" in files[".html"]
     assert files[".html"].count("</script>") == 2 and "default-src 'none'" in files[".html"]
     row = next(line for line in files[".md"].splitlines() if "teacher" in line)
-    assert r"\<img src=x" in row and len(re.findall(r"(?<!\\)\|", row)) == 9
+    assert r"\<img src=x" in row and len(re.findall(r"(?<!\\)\|", row)) == 10
     assert r"\&\_\$\%\textbackslash{}" in files[".tex"] and r"\toprule" in files[".tex"]
     for kinds, body in re.findall(r"begin{tabular}{(\w+)}(.*?)\\end{tabular}", files[".tex"], re.DOTALL):
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]

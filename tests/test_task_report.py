@@ -43,6 +43,19 @@ def test_a_training_is_compared_before_and_after(tmp_path: Path) -> None:
     assert (found["before"], found["after"], found["change"]) == ("74.0", "80.0", "+6.0") and tables.MARK in table.notes
 
 
+def test_rows_say_which_weights_they_are_and_where_from(tmp_path: Path) -> None:
+    sources = {"none": "random", "runs/a/checkpoints/last.ckpt": "last.ckpt", None: "published"}
+    for i, (held, said) in enumerate(sources.items()):
+        state = "before" if held is None else ""
+        seeds = record("overcluster", "backbone", {"miou_k9": 0.5}, checkpoint=held, state=state, weights=f"abc{i}")
+        table = tables.headline([collect.read(made(tmp_path / str(i), "dino_vits16", "", seeds))])
+        row = dict(zip(table.head, table.rows[0], strict=True))
+        assert (row["weights"], row["from"]) == (f"abc{i}", said) and "std" not in table.head
+    seeds["details"] = {"miou_k9": {"std": 0.012}}
+    table = tables.headline([collect.read(made(tmp_path / "std", "dino_vits16", "", seeds))])
+    assert dict(zip(table.head, table.rows[0], strict=True))["std"] == "1.2"
+
+
 def test_only_what_is_published_has_a_number(tmp_path: Path) -> None:
     same = [record("linear", "teacher", {"miou": 0.8}, state=state) for state in ("after", "before", "")]
     found = [beside(made(tmp_path / str(i), "dinov2r_xr_vitb14", "", one)) for i, one in enumerate(same)]

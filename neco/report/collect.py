@@ -44,6 +44,9 @@ class Number:
     published_before: list[Published]
     iou: Mapping[str, float | None]  # of each class, as is the next
     iou_before: Mapping[str, float | None]
+    weights: str  # their hash
+    source: str  # of the weights: published, random, or a checkpoint
+    std: float | None  # over the seeds of the evaluation, in percent
 
     @property
     def name(self) -> str:
@@ -181,10 +184,20 @@ def _numbers(path: Path, records: list[dict[str, Any]]) -> Iterator[Number]:
                 for r in (record, earlier or {"dataset": ""})
             ]
             iou = [((r or {}).get("details") or {}).get(metric, {}).get("iou") or {} for r in (record, earlier)]
+            std = ((record.get("details") or {}).get(metric) or {}).get("std")
             yield Number(
                 record["network"], record.get("model", ""), record["dataset"], part, evaluation, metric,
                 record["protocol"], 100 * value, None if before is None else 100 * before, *known, *iou,  # type: ignore[arg-type]
+                record["weights"], _source(record), None if std is None else 100 * std,
             )  # fmt: skip
+
+
+def _source(record: Mapping[str, Any]) -> str:
+    """Where the weights are from, for people."""
+    held, state = record.get("checkpoint"), record.get("state")
+    if held == "none":
+        return "random"
+    return {"before": "published", "after": "post-trained"}.get(state or "", Path(held).name if held else "")
 
 
 @dataclass(frozen=True)

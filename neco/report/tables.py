@@ -39,8 +39,8 @@ def headline(runs: Sequence[Run], numbered: bool = True) -> Table:
     """Every number before, after and beside what is published. `numbered`: protocols are notes below."""
     protocols = [*dict.fromkeys(number.protocol for run in runs for number in run.numbers)]
     trained = any(number.before is not None for run in runs for number in run.numbers)
-    head = ["run", "model", "network", "data set", "evaluation", "metric", "before", "published before"]
-    head += ["after" if trained else "measured", "change", "published", "protocol"]
+    head = ["run", "model", "network", "weights", "from", "data set", "evaluation", "metric", "before"]
+    head += ["published before", "after" if trained else "measured", "std", "change", "published", "protocol"]
     rows = []
     for run in runs:
         for n in run.numbers:
@@ -48,8 +48,8 @@ def headline(runs: Sequence[Run], numbered: bool = True) -> Table:
             change = _change(None if n.before is None else n.value - n.before)
             earlier = "; ".join(n.beside(known, n.before) for known in n.published_before)
             later = "; ".join(n.beside(known, n.value) for known in n.published)
-            what = [run.label, n.model, n.network, n.dataset + n.part, n.evaluation, n.metric]
-            rows.append([*what, _figure(n.before), earlier, _figure(n.value), change, later, place])
+            what = [run.label, n.model, n.network, n.weights, n.source, n.dataset + n.part, n.evaluation, n.metric]
+            rows.append([*what, _figure(n.before), earlier, _figure(n.value), _figure(n.std), change, later, place])
     notes = [NOTE, *([MARK] if any("*)" in cell for row in rows for cell in row) else [])]
     notes += [COMPARED] if trained and any(not r.steps[1] for r in runs if r.numbers) else []
     if numbered:
