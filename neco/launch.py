@@ -92,6 +92,7 @@ class Job:
         job = {"job": hydra.job.num, "overrides": told(hydra), "config": self.digest()}
         self.said = {"status": how, **said, **job}
         if status(self.folder).get("status") != "failed" if how == "failed" else leads():
+            self.folder.mkdir(parents=True, exist_ok=True)  # where nothing was begun it is not there any more
             write(self.folder / STATUS, json.dumps(self.said, indent=1) + "\n")
 
     def run(self, task: Callable[[Any], Any]) -> None:

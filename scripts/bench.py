@@ -94,6 +94,7 @@ def main() -> None:
                 raise SystemExit(f"python scripts/{command} ended with {done.returncode}")
             lines += ["", "```sh", f"python scripts/{command}", "```", "", "```", done.stdout.rstrip(), "```"]
         page = options.folder / f"{what}_{slug}_{datetime.date.today()}.md"
+        options.folder.mkdir(exist_ok=True)
         write(page, "\n".join(lines) + "\n")
         print(f"\nwrote {page}")
 

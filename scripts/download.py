@@ -255,6 +255,7 @@ class Stage:
         self.note()
 
     def note(self) -> None:
+        self.list.parent.mkdir(parents=True, exist_ok=True)
         write(self.list, "".join(f"{crc:08x} {size} {path}\n" for path, (crc, size) in self.files.items()))
 
 

@@ -188,7 +188,7 @@ def _numbers(path: Path, records: list[dict[str, Any]]) -> Iterator[Number]:
             yield Number(
                 record["network"], record.get("model", ""), record["dataset"], part, evaluation, metric,
                 record["protocol"], 100 * value, None if before is None else 100 * before, *known, *iou,  # type: ignore[arg-type]
-                record["weights"], _source(record), None if std is None else 100 * std,
+                weights=record["weights"], source=_source(record), std=None if std is None else 100 * std,
             )  # fmt: skip
 
 

@@ -182,11 +182,13 @@ def named_workers() -> Iterator[None]:
     """A block in which the end of a data worker is a NecoError."""
     try:
         yield
-    except RuntimeError as error:  # from any line, as torch raises it in a signal's handler
-        if not (told := re.search(r"DataLoader (worker.* (killed|exited)|timed out).*", str(error))):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # from any line: torch raises in a signal's handler
+        told = re.search(r"DataLoader (worker.* (killed|exited)|timed out).*", str(error))
+        if not told and isinstance(error, RuntimeError):  # the others: in the middle of handing over a batch
             raise
+        why = told[0].rstrip(".") if told else f"{type(error).__name__}: {error}"
         raise NecoError(
-            f"a process that reads images is gone or hangs ({told[0].rstrip('.')}). Mostly memory is short: lower the "
+            f"a process that reads images is gone or hangs ({why}). Mostly memory is short: lower the "
             "number of workers. The same command goes on from the last checkpoint"
         ) from error
 
