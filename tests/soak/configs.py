@@ -205,7 +205,7 @@ def _environment() -> Iterator[None]:
         os.environ.update(kept)
 
 
-@trial(small=30, full=5000)
+@trial(small=16, full=5000)
 def keys(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
     """Every key of every option, each wrong in five ways; of those accepted one in ten is run for a step."""
     with _environment():
@@ -270,7 +270,7 @@ def plausible(hint: Any) -> list[str]:
             type(None): ["null"]}.get(hint, [])  # fmt: skip
 
 
-@trial(small=8, full=400)
+@trial(small=4, full=400)
 def pairs(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
     """Two keys of a command at once, set to values that their types allow; run for a step."""
     with _environment():
@@ -295,7 +295,7 @@ def pairs(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
         yield Outcome("two keys of other values", _result(verdict))
 
 
-@trial(small=8, full=1000)
+@trial(small=3, full=1000)
 def options(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
     """Two options of different groups in one command; all but the work is done."""
     with _environment():
