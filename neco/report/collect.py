@@ -187,7 +187,8 @@ def _numbers(path: Path, records: list[dict[str, Any]]) -> Iterator[Number]:
             std = ((record.get("details") or {}).get(metric) or {}).get("std")
             yield Number(
                 record["network"], record.get("model", ""), record["dataset"], part, evaluation, metric,
-                record["protocol"], 100 * value, None if before is None else 100 * before, known[0], known[1], iou[0], iou[1],
+                record["protocol"], 100 * value, None if before is None else 100 * before,
+                known[0], known[1], iou[0], iou[1],
                 weights=record["weights"], source=_source(record), std=None if std is None else 100 * std,
             )  # fmt: skip
 
