@@ -93,6 +93,7 @@ STAYS = {  # ... and that does not
     "eval_epochs": 1,
     "save_epochs": 1,
     "save_minutes": 1e-9,
+    "wait_minutes": 5.0,
     "log_steps": 3,
 }
 ELSEWHERE = {"accumulate", "devices", "nodes", "checkpoint_activations"}  # the same but for rounding
