@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -57,11 +58,10 @@ class Peers(pl.Callback):
             return
         self.children = getattr(trainer.strategy.launcher, "procs", [])
         host, limit = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=SILENT)
-        ours = (
-            dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit) if devices.leader() else None
-        )
+        store = partial(dist.TCPStore, host, wait_for_workers=False, timeout=limit)
+        ours = store(0, is_master=True) if devices.leader() else None
         port = devices.merge(ours.port if ours else 0)[0]
-        self.store = ours or dist.TCPStore(host, port, wait_for_workers=False, timeout=limit)
+        self.store = ours or store(port)
         self._beat(0)
         self.heard = time.monotonic()
         devices.merge(None)  # all have
@@ -93,10 +93,12 @@ class Peers(pl.Callback):
         threading.Thread(target=self._talk, daemon=True).start()
         place, since = devices.reached, time.monotonic()
         while not self.over:
+            begun = time.monotonic()
             time.sleep(BEAT)
-            if devices.reached != place:
-                place, since = devices.reached, time.monotonic()
-            elif time.monotonic() - since > self.seconds and (found := self._missing() or self._behind(place)):
+            now = time.monotonic()
+            if devices.reached != place or now - begun > SILENT:  # this process itself was suspended
+                place, since = devices.reached, now
+            elif now - since > self.seconds and (found := self._missing() or self._behind(place)):
                 self._end(found)
 
     def _missing(self) -> list[int]:
