@@ -39,7 +39,7 @@ KINDS = {
     "metrics.csv": r"/\.?metrics\.",
     "results.json": r"/\.?results\.json",
     "cached features": r"/features/",
-    "the index of an archive": r"/archive-",
+    "an index of files": r"/index/",
     "drawing a data set": r"/shapes/",
     "the notes of a run": r"run/",
     "a temporary file": r"tmp/",
