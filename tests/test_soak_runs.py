@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import soak
 
-TRIALS = [trial for topic in ("kills", "disk", "processes", "determinism", "long") for trial in soak.trials(topic)]
+TOPICS = "kills", "disk", "processes", "determinism", "long"
+TRIALS = [trial for topic in TOPICS for trial in soak.trials(topic) if trial.small]
 
 
 @pytest.mark.slow
