@@ -189,7 +189,8 @@ def table(records: list[dict[str, Any]]) -> str:
     cells = [[f"{v:{s}.4f}" if isinstance(v, float) else v or "" for v, s in zip(r, signs, strict=True)] for r in rows]
     shown = [i for i, name in enumerate(head) if name != "protocol" and (name != "std" or any(r[i] for r in cells))]
     below = [f"protocol  {row[-1]}" for row in rows]
-    for record in (r for r in records if r["step"] == max(r["step"] for r in records)):
+    last = max(record["step"] for record in records)
+    for record in (r for r in records if r["step"] == last):
         source = record.get("checkpoint") or (record.get("model") and f"model={record['model']}") or ""
         below.append(f"weights   {record['network']}: {record['weights']}{', ' * bool(source)}{source}")
     return "\n".join([columns([[row[i] for i in shown] for row in (head, *cells)]), *dict.fromkeys(below)])

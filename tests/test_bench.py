@@ -20,7 +20,7 @@ def run(monkeypatch: pytest.MonkeyPatch, script: str, command: str) -> None:
 
 
 def test_features_are_searched_clustered_and_extracted(scripts, monkeypatch, capsys) -> None:
-    pytest.importorskip("faiss")
+    pytest.importorskip("faiss", reason="runs where faiss is installed")
     run(monkeypatch, "bench_features", "retrieval kmeans extract --small --beside --workers 0 --images 3")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[-3:]] == ["retrieval", "k-means", "extraction"]
@@ -28,7 +28,7 @@ def test_features_are_searched_clustered_and_extracted(scripts, monkeypatch, cap
 
 
 def test_a_wrong_neighbour_is_no_result(scripts, monkeypatch) -> None:
-    pytest.importorskip("faiss")
+    pytest.importorskip("faiss", reason="runs where faiss is installed")
     bench = importlib.import_module("bench_features")
     right = bench.Neighbours.__call__
 

@@ -29,7 +29,7 @@ CASES = bench.cases(bench.parse(["all", *SMALL]))
 
 @pytest.mark.parametrize("name", CASES)
 def test_both_sides_agree(name: str) -> None:
-    pytest.importorskip("faiss")
+    pytest.importorskip("faiss", reason="runs where faiss is installed")
     case = CASES[name]
     inputs = case.inputs()
     plain, ours = case.plain(inputs), case.ours(inputs)
@@ -38,7 +38,7 @@ def test_both_sides_agree(name: str) -> None:
 
 
 def test_a_difference_is_no_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("faiss")
+    pytest.importorskip("faiss", reason="runs where faiss is installed")
     monkeypatch.setattr(bench, "ProcessPoolExecutor", ThreadPoolExecutor)  # processes take seconds to start
     monkeypatch.setattr(sys, "argv", ["bench_eval.py", "matching", *SMALL])
     bench.main()

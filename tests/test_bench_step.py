@@ -9,7 +9,7 @@ from conftest import ROOT
 
 
 def test_both_sides_have_the_same_loss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("diffsort")
+    pytest.importorskip("diffsort", reason="runs where diffsort is installed")
     small = ["--small", "--size", "56", "--batch", "2", "--repeats", "1", "--threads", "1", "--profile"]
     monkeypatch.setattr(sys, "argv", ["bench_step.py", *small])
     runpy.run_path(str(ROOT / "scripts" / "bench_step.py"), run_name="__main__")

@@ -66,7 +66,7 @@ def test_pca_rows_are_bounded_and_drawn_at_random(engine: Engine, caplog: pytest
 
 
 def test_faiss_draws_the_rows_for_pca_that_its_own_pca_would() -> None:
-    faiss = pytest.importorskip("faiss")
+    faiss = pytest.importorskip("faiss", reason="runs where faiss is installed")
     points, _ = blobs(3000, 4, 3, spread=1)
     standardised = clustering.standardise(points, *clustering.moments(points))
     pca = faiss.PCAMatrix(4, 2)

@@ -16,7 +16,7 @@ from neco.loss import sorting
 from neco.loss.relaxation import CAUCHY, RELAXATIONS
 from neco.loss.sorting import choose_engine
 
-triton = pytest.importorskip("triton", minversion="3.4")
+triton = pytest.importorskip("triton", minversion="3.4", reason="runs where Triton 3.4 or newer is")
 
 
 def test_in_the_interpreter() -> None:

@@ -176,7 +176,7 @@ SEARCH = ("hydra/sweeper=optuna", *TINY, "optim.head_lr=choice(1e-3,-1)", "optim
 
 
 def test_search(inside, tmp_path):
-    optuna = pytest.importorskip("optuna")
+    optuna = pytest.importorskip("optuna", reason="runs where optuna is installed")
     code, said = inside(*SEARCH, "loss.grid=range(2, 4)", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2")
     study = optuna.load_study(study_name="neco", storage=f"sqlite:///{tmp_path / 'out/study.db'}")
     states = [trial.state.name for trial in study.trials]

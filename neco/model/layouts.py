@@ -143,9 +143,12 @@ def match(backbone: Backbone, held: Mapping[str, Tensor], where: str) -> tuple[d
         if key in state:
             raise NecoError(f"{where} holds {key} twice, once as {given}")
         state[key] = value[(None,) * (3 - value.ndim)] if key in ("cls_token", "pos_embed") else value
-    loose = [key for key, value in state.items() if key in wanted and (value.is_meta or value.layout != torch.strided)]
-    loose += [key for key, value in state.items() if key in wanted and not value.is_floating_point()]
-    loose += [key for key, value in state.items() if value.is_quantized]
+    loose = [
+        key
+        for key, value in state.items()
+        if (key in wanted and (value.is_meta or value.layout != torch.strided or not value.is_floating_point()))
+        or value.is_quantized
+    ]
     if loose:
         kinds = ", ".join(f"{key} ({state[key].dtype})".replace("torch.", "") for key in loose[:10])
         raise NecoError(f"{where} holds no plain floating-point numbers for: {kinds}")

@@ -24,7 +24,7 @@ from neco.model.weights import Which, locate
 from neco.schema import Trainings
 
 log = logging.getLogger(__name__)
-FREE = ("_target_", "weights", "drop_path")  # keys of a model that make no other network
+APART = ("_target_", "weights", "drop_path")  # keys of a model that make no other network
 
 
 def choose_device(name: str) -> torch.device:
@@ -106,7 +106,7 @@ def model_of(settings: Settings, source: str | None) -> dict[str, Any]:
             if found := re.match(r"[+~]*model\.([\w.]+)", override):
                 _copy(given, held, *found[1].split("."))
         return held
-    if held and (differ := [key for key in {**given, **held} if key not in FREE and given.get(key) != held.get(key)]):
+    if held and (differ := [key for key in {**given, **held} if key not in APART and given.get(key) != held.get(key)]):
         told = ", ".join(f"{key}={given.get(key)} (there {held.get(key)})" for key in differ)
         log.warning("checkpoint=%s was made with another network; used here: %s", source, told)
     if known and not named:
