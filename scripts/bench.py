@@ -41,6 +41,7 @@ CPU = {
     "options": ("What training options cost", ["bench_train.py"]),
 }
 GPU = {
+    "step": (CPU["step"][0], ["bench_step.py --size 518 --batch 64 --profile"]),
     "loss": (CPU["loss"][0], ["bench_loss.py --device cuda --batch 64 --pairs 10 --n 49 64 128 256"]),
     "options": (CPU["options"][0], ["bench_train.py --batch 64 --size 518"]),
     "train": (

@@ -6,6 +6,10 @@ pair by pair, dense relaxed sorting by PyPI `diffsort`, a loop over parameters f
 weights; on the same pixels, boxes and references their losses agree to 1e-5, which is asserted. Repetitions take turns.
 
     python scripts/bench_step.py --batch 4 --threads 2
+
+On a GPU views are drawn once and stay there: timed are the steps, both networks in bfloat16, ours compiled.
+
+    python scripts/bench_step.py --size 518 --batch 64
 """
 
 import argparse
@@ -35,19 +39,21 @@ from neco.augment.views import ViewParams, Views, view_rng
 from neco.model.linear import Linear
 from neco.results import columns
 from neco.training.align import pair_boxes, pair_order
+from neco.training.compiled import compile_step
 from neco.training.data import collate
 from neco.training.module import PostTraining, follow
 from neco.training.references import permutations
 from neco.values import MEAN, STD
 
 GRID, STEEPNESS = 7, 100
-KINDS = {  # of operations, by their names in the profiler
-    "matrix products": r"linear_pointwise|aten::(mm|addmm|bmm|baddbmm|matmul|linear)$|_LinearBackward",
-    "attention": r"scaled_dot_product",
-    "sorting": r"_Sort",
-    "activations and norms": r"gelu|layer_norm",
-    "optimiser, moving average": r"Optimizer|lerp|sqrt|addcdiv|addcmul",
-    "patch embedding": r"convolution",
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KINDS = {  # of operations on the CPU and of kernels on a GPU, by their names in the profiler
+    "matrix products": r"linear_pointwise|aten::(mm|addmm|bmm|baddbmm|matmul|linear)$|_LinearBackw|gemm|nvjet|cutlass",
+    "attention": r"scaled_dot_product|flash|fmha|sdpa",
+    "sorting": r"_Sort|^_kernel",
+    "activations, norms, colours": r"gelu|layer_norm|GeLU|LayerNorm|triton",
+    "optimiser, moving average": r"Optimizer|lerp|sqrt|addcdiv|addcmul|multi_tensor|Adam",
+    "patch embedding": r"convolution|conv|wgrad|dgrad|fprop",
 }
 
 
@@ -77,6 +83,18 @@ def build(model: str, size: int, arch: str) -> tuple[PostTraining, Views]:
     return module.train(), views
 
 
+def half() -> torch.autocast:
+    """bfloat16 on a GPU."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
+
+
+def now() -> float:
+    """The time, once the device has done what it was asked to."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Published:
     """The published step on the same networks."""
 
@@ -86,7 +104,7 @@ class Published:
             if isinstance(layer, Linear) and not fast_linear:
                 setattr(layer, "__class__", torch.nn.Linear)  # noqa: B010 (mypy)
         self.teacher = copy.deepcopy(self.student).eval()
-        self.sorter = DiffSortNet("bitonic", GRID**2, steepness=STEEPNESS, interpolation_type="cauchy")
+        self.sorter = DiffSortNet("bitonic", GRID**2, DEVICE.type, steepness=STEEPNESS, interpolation_type="cauchy")
         self.optimizer = torch.optim.AdamW(self.student.parameters(), 1e-6)
 
     def pixels(self, file: bytes, params: ViewParams) -> list[Tensor]:
@@ -101,9 +119,11 @@ class Published:
         """`images`: of each view (B, 3, h, w)."""
         count, size = len(images), len(images[0])
         on_global, on_view = pair_boxes(crops, self.views.sizes, 2)
-        maps = [self.student(torch.cat(group)).split(size) for group in (images[:2], images[2:])]
-        student, teacher = list(itertools.chain(*maps)), self.teacher(torch.cat(images[:2])).split(size)
-        dealt, losses = permutations(0, step, len(pair_order(2, count)), size * GRID**2), []
+        with half():
+            maps = [self.student(torch.cat(group)).split(size) for group in (images[:2], images[2:])]
+            teacher = self.teacher(torch.cat(images[:2])).split(size)
+        student = list(itertools.chain(*maps))
+        dealt, losses = permutations(0, step, len(pair_order(2, count)), size * GRID**2, DEVICE), []
         for number, (g, v) in enumerate(pair_order(2, count)):
             theirs, ours = (
                 roi_align(m.permute(0, 3, 1, 2), [*(b[:, None] / self.patch).unbind(0)], GRID, aligned=True)
@@ -127,14 +147,16 @@ class Published:
 
 
 def profile(step: Callable[[int], None], steps: int = 3) -> str:
-    """Where the time of our step goes, by kinds of operations, without what they call."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+    """Where the time of our step goes, by kinds of operations without what they call, or of kernels."""
+    gpu, kinds = DEVICE.type == "cuda", torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CUDA if gpu else kinds.CPU]) as seen:
         for number in range(steps):
             step(number)
+        now()
     spent = dict.fromkeys([*KINDS, "all else"], 0.0)
     for event in seen.key_averages():
         kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), "all else")
-        spent[kind] += event.self_cpu_time_total / 1e6 / steps
+        spent[kind] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6 / steps
     whole = sum(spent.values())
     return columns([["our step", "s", ""], *([k, f"{s:.3f}", f"{s / whole:.0%}"] for k, s in spent.items())])
 
@@ -153,7 +175,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     arch = "{embed_dim:24,depth:2,num_heads:2}" if options.small else ""
     module, views = build(options.model, options.size, arch)
+    module.to(DEVICE)
     published, optimizer = Published(module, views, options.fast_linear), module.configure_optimizers()
+    if DEVICE.type == "cuda":
+        compile_step(module, len(set(views.sizes)))
     files = [photograph(number) for number in range(options.batch)]
 
     def draw(step: int) -> list[ViewParams]:
@@ -164,11 +189,14 @@ def main() -> None:
         for file, params in zip(files, draw(step), strict=True):
             pixels = how.apply(np.asarray(Image.open(io.BytesIO(file)).convert("RGB")), params)
             items.append({"global_views": pixels[0], "local_views": pixels[1], "crops": torch.as_tensor(params.crops)})
-        return collate([{**item, "bad": []} for item in items])
+        batch = collate([{**item, "bad": []} for item in items])
+        return {name: value.to(DEVICE) for name, value in batch.items() if name != "bad"}
 
     def ours_step(batch: dict[str, Tensor], step: int) -> None:
         optimizer.zero_grad()
-        module.training_step(batch, step).backward()
+        with half():
+            loss = module.training_step(batch, step)
+        loss.backward()
         optimizer.step()
         follow(module.get_submodule("teacher"), module.student, 0.9995)
 
@@ -176,25 +204,28 @@ def main() -> None:
         drawn = draw(step)
         parts = [published.pixels(file, params) for file, params in zip(files, drawn, strict=True)]
         crops = torch.as_tensor(np.stack([params.crops for params in drawn]))
-        return [torch.stack(view) for view in zip(*parts, strict=True)], crops
+        return [torch.stack(view).to(DEVICE) for view in zip(*parts, strict=True)], crops.to(DEVICE)
 
     images, crops = their_views(0)
     pil = copy.copy(views)
     pil.applier = "pil"
     with torch.no_grad():
-        losses = float(module.training_step(ours_views(0, pil), 0)), float(published.loss(images, crops, 0))
-    assert abs(losses[0] - losses[1]) < 1e-5 * abs(losses[1]), losses
+        theirs = float(published.loss(images, crops, 0))
+        with half():
+            losses = float(module.training_step(ours_views(0, pil), 0)), theirs
+    assert abs(losses[0] - losses[1]) < (1e-5 if DEVICE.type == "cpu" else 1e-3) * abs(losses[1]), losses
+    once, gpu = ours_views(0), DEVICE.type == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in ("their views", "their step", "our views", "our step")}
     for step in range(options.repeats + 1):  # the first warms up
-        marks = [time.perf_counter()]
-        images, crops = their_views(step)
-        marks.append(time.perf_counter())
+        marks = [now()]
+        images, crops = (images, crops) if gpu else their_views(step)
+        marks.append(now())
         published.step(images, crops, step)
-        marks.append(time.perf_counter())
-        batch = ours_views(step)
-        marks.append(time.perf_counter())
+        marks.append(now())
+        batch = once if gpu else ours_views(step)
+        marks.append(now())
         ours_step(batch, step)
-        marks.append(time.perf_counter())
+        marks.append(now())
         for name, (start, end) in zip(seconds, itertools.pairwise(marks), strict=True):
             seconds[name] += [end - start] * bool(step)
     part = {name: statistics.median(found) for name, found in seconds.items()}
@@ -208,15 +239,15 @@ def main() -> None:
     )
     print(f"same pixels: {losses[0]:.6f}, published {losses[1]:.6f}\n")
     rows = [["", "published s", "ours s", "ratio"]]
-    for name in ("views", "step"):
+    for name in ("step",) if gpu else ("views", "step"):
         theirs, ours = part[f"their {name}"], part[f"our {name}"]
         rows.append([name, f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}"])
     theirs, ours = map(statistics.median, whole)
-    rows.append(["both", f"{theirs:.2f}", f"{ours:.2f}", f"{statistics.median(ratios):.2f}"])
+    rows += [] if gpu else [["both", f"{theirs:.2f}", f"{ours:.2f}", f"{statistics.median(ratios):.2f}"]]
     print(columns(rows))
     print(f"\nratios of {options.repeats} repetitions: {min(ratios):.2f} to {max(ratios):.2f}")
     if options.profile:
-        print("\n" + profile(lambda step: ours_step(ours_views(step), step)))
+        print("\n" + profile(lambda step: ours_step(once if gpu else ours_views(step), step)))
 
 
 if __name__ == "__main__":
