@@ -183,7 +183,11 @@ def named_workers() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:  # from any line: torch raises in a signal's handler
-        told = re.search(r"DataLoader (worker.* (killed|exited)|timed out).*", str(error))
+        errors: list[BaseException] = [error]  # what Lightning raises while it cleans up hides torch's
+        while before := errors[-1].__cause__ or errors[-1].__context__:
+            errors.append(before)
+        said = "\n".join(map(str, errors))
+        told = re.search(r"DataLoader (worker.* (killed|exited)|timed out).*", said)
         if not told and isinstance(error, RuntimeError):  # the others: in the middle of handing over a batch
             raise
         why = told[0].rstrip(".") if told else f"{type(error).__name__}: {error}"

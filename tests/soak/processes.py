@@ -109,7 +109,7 @@ def kill_workers() -> None:
         os.kill(worker.pid or 0, signal.SIGKILL)
 
 
-@trial(small=0, full=6)  # killed while Lightning starts the loader, one is not named yet: RuntimeError of Lightning
+@trial(small=1, full=6)
 def workers(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
     for number in range(count):
         run = folder / f"run {number}"
