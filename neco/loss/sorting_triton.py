@@ -157,8 +157,8 @@ def _kernel(
 
         row_loss, row_entropy = 0.0, 0.0
         for start in range(FIRST // BLOCK * BLOCK, FIRST + n, BLOCK):
-            p = tl.zeros([BLOCK, WIRES], tl.float32)
-            q = p
+            # Two tensors: of two names for one, Triton would not carry the second from turn to turn.
+            p, q = tl.zeros([BLOCK, WIRES], tl.float32), tl.zeros([BLOCK, WIRES], tl.float32)
             for side in range(2):
                 q = p
                 save = GRADIENT and side == 1
