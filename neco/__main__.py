@@ -124,7 +124,8 @@ def run(cfg: Any) -> float | None:
     if not devices.leader():
         logging.getLogger("neco").setLevel(logging.WARNING)
     try:
-        return task.main(chosen, prepared, output)
+        with devices.fast_attention():
+            return task.main(chosen, prepared, output)
     except interrupt.Interrupted as stop:
         last = output / "checkpoints" / "last.ckpt"
         saved = f"saved in {last}" if last.is_file() else f"what is done is in {output}"

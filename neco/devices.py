@@ -3,6 +3,7 @@
 Everything that is shared goes through `gather`, `total` and `merge`, in the same order in every process.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 T = TypeVar("T")
 reached = 0  # how far this process has come: the same number at the same place in all
@@ -35,6 +37,15 @@ def leader() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "NODE_RANK", "LOCAL_RANK"))
+
+
+def fast_attention() -> contextlib.AbstractContextManager[None]:
+    """A block in which cuDNN's attention is the first choice: on Hopper it is the faster one, and torch asks it last.
+
+    Where it cannot (other GPUs, the CPU, `train.deterministic`) torch's own are taken as ever.
+    """
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 
 def join() -> None:

@@ -49,6 +49,7 @@ class Training:
     log_steps: Positive
     wait_minutes: PositiveFloat
     checkpoint_activations: bool
+    deterministic: bool
 
     def __post_init__(self) -> None:
         parts = f"accumulate={self.accumulate} x devices={self.devices} x nodes={self.nodes}"

@@ -135,8 +135,10 @@ def wait(folder: Path, options: argparse.Namespace) -> None:
         if done.returncode:
             raise SystemExit(done.stdout + done.stderr)
         with (run / "metrics.csv").open(newline="") as file:
-            found = list(csv.DictReader(file))[options.steps // 4 :]  # after the workers have started
-        share, speed = (statistics.mean(float(row[key]) for row in found) for key in ("data_wait", "images_per_second"))
+            started = [row for row in csv.DictReader(file) if int(row["step"]) > options.steps // 4]
+        share, speed = (
+            statistics.mean(float(row[key]) for row in started) for key in ("data_wait", "images_per_second")
+        )
         rows.append([str(workers), f"{share:.0%}", f"{speed:.1f}"])
     how = " ".join(options.override) or "the tiny backbone"
     print(f"{options.steps} steps of {options.batch} images from a zip, {how}\n\n{columns(rows)}")

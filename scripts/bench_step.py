@@ -33,7 +33,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms.functional import normalize, to_tensor
 
-from neco import config
+from neco import config, devices
 from neco.augment import reference
 from neco.augment.views import ViewParams, Views, view_rng
 from neco.model.linear import Linear
@@ -251,4 +251,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with devices.fast_attention():
+        main()

@@ -19,7 +19,7 @@ import torch
 from pytorch_lightning.utilities import move_data_to_device
 from torch.utils.data import default_collate
 
-from neco import config
+from neco import config, devices
 from neco.augment import batched
 from neco.augment.views import Views, view_rng
 from neco.results import columns
@@ -128,4 +128,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with devices.fast_attention():
+        main()

@@ -153,12 +153,14 @@ def test_no_step_waits_for_the_device(overrides: list[str], compiles: bool) -> N
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("more", [[], ["train.compile=true"]], ids=str)
-def test_runs_repeat_bit_by_bit(train, more: list[str]) -> None:
+@pytest.mark.parametrize("more", [["train.compile=false"], ["train.compile=true", "loss.mask=fg"]], ids=str)
+def test_deterministic_runs_repeat_bit_by_bit(train, more: list[str]) -> None:
     states = []
     for workers in (0, 2):
-        run = train(f"device={GPU.type}", f"train.workers={workers}", *more, folder=f"run{workers}")
+        chosen = f"device={GPU.type}", "train.deterministic=true", f"train.workers={workers}", *more
+        run = train(*chosen, folder=f"run{workers}")
         states.append(torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
+    torch.use_deterministic_algorithms(False)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from neco.model.linear import Linear, available, hasten
+from neco.model.linear import Linear, Patches, available, hasten
 
 pytestmark = pytest.mark.skipif(not available(), reason="torch's own is used on this CPU")
 
@@ -72,3 +72,11 @@ def test_a_trace_holds_the_plain_layer():
     _, ours = layers()
     program = torch.export.export(nn.Sequential(ours), (torch.randn(4, 160),))
     assert {str(node.target) for node in program.graph.nodes if node.op == "call_function"} == {"aten.linear.default"}
+
+
+@pytest.mark.parametrize("patch", [14, 16, (4, 6)], ids=str)
+def test_patches_as_one_product_are_the_convolution(patch):
+    layer = hasten(nn.Sequential(nn.Conv2d(3, 10, patch, patch)))[0]
+    assert type(layer) is Patches
+    images = torch.randn(2, 3, *(3 * side for side in layer.kernel_size))
+    torch.testing.assert_close(layer.product(images), layer(images), rtol=1e-4, atol=1e-5)

@@ -37,10 +37,11 @@ def interpolate_positions(pos: Tensor, h: int, w: int, rule: Rule, registers: bo
     """
     g = math.isqrt(pos.shape[1])
     exact = rule == "timm" or (rule == "hub" and registers)
-    if isinstance(h, torch.SymInt) or isinstance(w, torch.SymInt):  # an export for all sizes
-        return _resampled(pos, h, w, exact)
-    if (h, w) == (g, g):
+    symbols = isinstance(h, torch.SymInt) or isinstance(w, torch.SymInt)  # an export for all sizes
+    if not symbols and (h, w) == (g, g):
         return pos
+    if symbols or (pos.is_cuda and torch.are_deterministic_algorithms_enabled()):  # torch's own has no such gradient
+        return _resampled(pos, h, w, exact)
     grid = pos.to(torch.promote_types(pos.dtype, torch.float32)).reshape(1, g, g, -1).permute(0, 3, 1, 2)
     if exact:
         grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)

@@ -1,4 +1,4 @@
-"""Linear layers that multiply by oneDNN on CPUs with AVX-512.
+"""Linear layers that multiply by oneDNN on CPUs with AVX-512, patch embeddings that multiply at all on a GPU.
 
 torch takes MKL for float32, which on AMD's CPUs uses half the width of the unit: 200 GFLOP/s of 450 that oneDNN reaches
 on two cores of Zen 5. On Intel's both are as fast.
@@ -55,8 +55,30 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight, self.bias)
 
 
+class Patches(nn.Conv2d):
+    """A convolution whose stride is its kernel. On a GPU one matrix product: cuDNN has no fast kernel for 14 x 14."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input) if input.is_cuda else super().forward(input)
+
+    def product(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, h, w)."""
+        high, wide = self.kernel_size
+        rows = images.unflatten(3, (-1, wide)).unflatten(2, (-1, high))  # (B, C, h, high, w, wide)
+        rows, weight = rows.permute(0, 2, 4, 1, 3, 5).flatten(3), self.weight.flatten(1)
+        if short := -rows.shape[-1] % 8:  # the tensor cores take rows of whole 16 bytes
+            rows, weight = F.pad(rows, (0, short)), F.pad(weight, (0, short))
+        return F.linear(rows, weight, self.bias).permute(0, 3, 1, 2)
+
+
 def hasten(module: nn.Module) -> nn.Module:
-    """Let the larger linear layers of a network multiply by oneDNN where that is the faster. Returns the module."""
+    """Let a network's patch embedding, and its larger linear layers where oneDNN is the faster, take the fast way.
+
+    Returns the module.
+    """
+    for layer in module.modules():
+        if type(layer) is nn.Conv2d and layer.stride == layer.kernel_size != (1, 1):
+            layer.__class__ = Patches
     for layer in module.modules() if available() else ():
         if type(layer) is nn.Linear and min(layer.weight.shape) >= SMALLEST:
             layer.__class__ = Linear

@@ -58,7 +58,7 @@ FREE |= {
     for node in ("train", "finetune")
     for key in (
         "resume", "workers", "eval_epochs", "save_epochs", "save_minutes", "log_steps", "devices", "nodes", "strategy",
-        "wait_minutes", "checkpoint_activations", "compile", "monitor", "patience",
+        "wait_minutes", "checkpoint_activations", "compile", "deterministic", "monitor", "patience",
     )
 }  # fmt: skip
 # What decides which parameters and buffers there are: the state of others is of no use.
@@ -182,6 +182,7 @@ class Run:
             max_epochs=1,  # one stream over all epochs, see Positions
             accumulate_grad_batches=options.accumulate,
             gradient_clip_val=options.clip,
+            deterministic=options.deterministic and device.type == "cuda",
             callbacks=[
                 bad,
                 Loop(plan, self.checkpoints, evaluated, partial(self.trackers.tell, "metrics"), at_start),

@@ -1,4 +1,4 @@
-"""Compiled transformer blocks and colours: one program for each shape of input, shared by all blocks."""
+"""Compiled transformer blocks, heads and colours: one program for each shape of input, shared by all blocks."""
 
 import importlib.util
 import logging
@@ -29,7 +29,7 @@ def wanted(options: Train, device: torch.device) -> bool:
 
 
 def compile_step(module: PostTraining, shapes: int) -> None:
-    """Compile the blocks of student and teacher, and the colours, in place; keys of the state stay as they are.
+    """Compile blocks and heads of student and teacher, and the colours, in place; keys of the state stay as they are.
 
     Args:
         shapes: sizes of views that will come. Each is compiled when it first comes, and never again.
@@ -44,8 +44,8 @@ def compile_step(module: PostTraining, shapes: int) -> None:
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, most)
     torch._inductor.config.fallback_random = True  # the random numbers of an uncompiled run
     for network in filter(None, (module.student, module.teacher)):
-        for block in network.backbone.net.blocks:
-            block.compile(backend=BACKEND, dynamic=False)
+        for part in (*network.backbone.net.blocks, network.head):
+            part.compile(backend=BACKEND, dynamic=False)
     module.recolour = torch.compile(module.recolour, backend=BACKEND, dynamic=False)
 
 
