@@ -39,7 +39,7 @@ def result(student: Tensor, teacher: Tensor, *how: object) -> Tensor:
     return torch.cat([loss.detach()[:, None], entropy[:, None], student.grad], 1).double().cpu()
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 16, 49, 64, 100, 128, 256])
+@pytest.mark.parametrize("n", [2, 5, 16, 49, 64, 100, 128, 256])
 @pytest.mark.parametrize("network", ["bitonic", "odd_even"])
 @pytest.mark.parametrize("name", ["cauchy", "reciprocal", "optimal"])
 def test_one_kernel_sorts_as_torch_does(name: str, network: str, n: int) -> None:

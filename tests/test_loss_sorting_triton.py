@@ -36,7 +36,8 @@ CASE = dict(network="bitonic", n=49, steepness=100.0, relaxation=CAUCHY, device=
     [
         ({}, None),
         ({"n": 256, "relaxation": RELAXATIONS["optimal"]}, None),
-        ({"n": 257}, "up to 256 values, not n = 257"),
+        ({"n": 257}, "from 2 up to 256 values, not n = 257"),
+        ({"n": 1}, "not n = 1"),
         ({"relaxation": RELAXATIONS["logistic"]}, "no relaxation with exponential tails"),
         ({"network": "odd_even"}, None),
         ({"network": "odd_even", "steepness": 101.0}, "odd_even at steepness 101 in torch.float32 does not"),

@@ -202,8 +202,8 @@ def triton_refusal(
     """Why the Triton engine cannot do it, if it cannot."""
     if relaxation.light:
         return "it has cauchy, reciprocal and optimal, no relaxation with exponential tails"
-    if n > TRITON_VALUES:
-        return f"it sorts up to {TRITON_VALUES} values, not n = {n}"
+    if not 1 < n <= TRITON_VALUES:
+        return f"it sorts from 2 up to {TRITON_VALUES} values, not n = {n}"
     if dtype == torch.float64 or not fits_float32(network, steepness, relaxation):
         return f"it computes in float32, which {network} at steepness {steepness:g} in {dtype} does not"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
