@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 from neco import interrupt
 
@@ -51,7 +52,7 @@ class Captioned(Progress):
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield from super().get_renderables()
-        yield self.caption
+        yield Text(self.caption, no_wrap=True, overflow="ellipsis")
 
 
 def duration(seconds: float) -> str:

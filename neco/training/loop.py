@@ -243,7 +243,7 @@ class Loop(pl.Callback):
         if not values or not (self.bar or due):
             return
         speed = self.clock.speed(self.shown, step)
-        used = f"memory {memory.current(torch.device('cpu')) / memory.GB:.1f} GB"
+        used = f"mem {memory.current(torch.device('cpu')) / memory.GB:.1f} GB"
         if module.device.type == "cuda":
             used += f", gpu {memory.current(module.device) / memory.GB:.1f} GB"
         text = "  ".join([
