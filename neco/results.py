@@ -120,6 +120,8 @@ class Results:
                     for key, value in record["metrics"].items():
                         if not isinstance(value, int | float):
                             raise ValueError(f"{record['evaluation']}/{key} is {value}, no number")
+                        if not isinstance(details := record["details"].get(key), dict | None):
+                            raise ValueError(f"details of {record['evaluation']}/{key} are {details}, no mapping")
             except (ValueError, TypeError) as error:
                 raise NecoError(f"{self.path} is damaged ({error}): mend it or move it away") from error
 

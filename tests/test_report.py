@@ -179,6 +179,25 @@ def test_a_run_ends_with_its_report_and_survives_without(train, monkeypatch, cap
     assert not (train(*light, "report=false", folder="three") / "report.html").exists()
 
 
+DAMAGE = {
+    "pictures/features-teacher-9.safetensors": lambda data: data[:200],
+    "environment.json": lambda _: b'{"choices": [1]}',
+    "config.yaml": lambda _: b"- 1\n",
+    "results.json": lambda data: data.replace(b'"details": {"miou": {', b'"details": {"miou": 3, "x": {'),
+}
+
+
+@pytest.mark.parametrize("file", DAMAGE)
+def test_a_damaged_run_is_left_out(file, inside, tmp_path: Path) -> None:
+    for seed, run in enumerate(("good", "bad")):
+        made(tmp_path / "runs" / run, {"a": "b"}, {"miou": 0.5}, seed)
+    damaged = tmp_path / "runs/bad" / file
+    damaged.write_bytes(DAMAGE[file](damaged.read_bytes() if damaged.exists() else b""))
+    code, said = inside("task=report", "runs=[runs/*]", "formats=[html,csv]", "run_dir=report")
+    assert code == 0 and "left out" in said and str(Path("runs/bad")) in said, said
+    assert (tmp_path / "report/report.csv").read_text().count("teacher") == 1
+
+
 @pytest.fixture(scope="module")
 def port():
     with driver() as found:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from neco.errors import NecoError
 from neco.report import gallery, published
@@ -120,18 +121,22 @@ def read(path: Path, label: str = "") -> Run:
     try:
         held = {name: path / name for name in ("config.yaml", "overrides.txt", "environment.json", "metrics.csv")}
         texts = {name: file.read_text(errors="replace") if file.is_file() else "" for name, file in held.items()}
+        config = _mapping(yaml.safe_load(texts["config.yaml"]), "config.yaml")
+        environment = _mapping(json.loads(texts["environment.json"] or "{}"), "environment.json")
+        for name in ("choices", "packages"):
+            _mapping(environment.get(name), f"{name} in environment.json")
         return Run(
             path,
             label or path.name,
             records,
             [*_numbers(path, records)],
             _curves(texts["metrics.csv"]),
-            yaml.safe_load(texts["config.yaml"]) or {},
+            config,
             texts["overrides.txt"].splitlines(),
-            json.loads(texts["environment.json"] or "{}"),
+            environment,
             gallery.load(path),
         )
-    except (ValueError, TypeError, KeyError, OSError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, KeyError, OSError, yaml.YAMLError, SafetensorError) as error:
         raise NecoError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
@@ -147,6 +152,13 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     names = [", ".join(f"{key}={values[i]}" for key, values in said.items()) for i in range(len(runs))]
     named = zip(runs, names, strict=True)
     return [replace(r, label=f"{r.label}: {name}") if name and r.path.name.isdigit() else r for r, name in named]
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    """The value, empty where there is none. Raises TypeError for any other than a mapping."""
+    if not isinstance(value, dict | None):
+        raise TypeError(f"{name} is {value!r:.50}, no mapping")
+    return value or {}
 
 
 def _curves(text: str) -> dict[str, list[tuple[float, float]]]:
@@ -183,8 +195,8 @@ def _numbers(path: Path, records: list[dict[str, Any]]) -> Iterator[Number]:
                 published.find(r.get("model", ""), r.get("state", ""), r["dataset"], f"{evaluation}/{metric}", fraction)
                 for r in (record, earlier or {"dataset": ""})
             ]
-            iou = [((r or {}).get("details") or {}).get(metric, {}).get("iou") or {} for r in (record, earlier)]
-            std = ((record.get("details") or {}).get(metric) or {}).get("std")
+            details = [((r or {}).get("details") or {}).get(metric) or {} for r in (record, earlier)]
+            iou, std = [_mapping(part.get("iou"), "IoU of the classes") for part in details], details[0].get("std")
             yield Number(
                 record["network"], record.get("model", ""), record["dataset"], part, evaluation, metric,
                 record["protocol"], 100 * value, None if before is None else 100 * before,
