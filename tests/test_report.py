@@ -198,6 +198,14 @@ def test_a_damaged_run_is_left_out(file, inside, tmp_path: Path) -> None:
     assert (tmp_path / "report/report.csv").read_text().count("teacher") == 1
 
 
+def test_a_run_is_one_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        made(tmp_path / "a" / name, {}, {"miou": 0.5})
+    monkeypatch.chdir(tmp_path)
+    paths = collect.find(["a/one", f"{tmp_path}/a/*", "a/../a/one"])
+    assert len(paths) == 2 and collect.labels(paths) == ["one", "two"]
+
+
 @pytest.fixture(scope="module")
 def port():
     with driver() as found:

@@ -106,7 +106,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
     wanted = [str(Path(pattern).expanduser()) for pattern in patterns]
     named = [Path(path) for pattern in wanted for path in sorted(glob.glob(pattern))]
     found = [[path / "results.json", *sorted(path.glob("*/results.json"))] for path in named]
-    runs = [*dict.fromkeys(file.parent for files in found for file in files if file.is_file())]
+    runs = [*{file.parent.resolve(): file.parent for files in found for file in files if file.is_file()}.values()]
     if not runs:
         told = f"runs=[{','.join(patterns)}]: {len(named)} folders fit, none has a results.json"
         raise NecoError(f"{told}; name run folders: runs=[runs/train/*,runs/eval/*]")
@@ -142,8 +142,9 @@ def read(path: Path, label: str = "") -> Run:
 
 def labels(paths: Sequence[Path]) -> list[str]:
     """What to call the runs: the part of their paths that differs."""
-    common = os.path.commonpath(paths) if len(paths) > 1 else paths[0].parent
-    return [os.path.relpath(path, common) for path in paths]
+    whole = [path.resolve() for path in paths]
+    common = os.path.commonpath(whole) if len(whole) > 1 else whole[0].parent
+    return [os.path.relpath(path, common) for path in whole]
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:
