@@ -1,11 +1,13 @@
 """The run folder: what was asked (config, overrides), where it ran (environment) and what came out (results.json)."""
 
 import json
+import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,13 @@ def table(records: list[dict[str, Any]]) -> str:
         source = record.get("checkpoint") or (record.get("model") and f"model={record['model']}") or ""
         below.append(f"weights   {record['network']}: {record['weights']}{', ' * bool(source)}{source}")
     return "\n".join([columns([[row[i] for i in shown] for row in (head, *cells)]), *dict.fromkeys(below)])
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1; of one value 0), both NaN where a value is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def markdown(rows: list[list[str]]) -> str:

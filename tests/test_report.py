@@ -117,6 +117,15 @@ def test_plots_are_means_over_seeds_for_each_line(tmp_path: Path) -> None:
     assert text.count('class="chart"') == 3 + 2 and "23.0 ± 0.7 (2)" in text
 
 
+def test_a_number_that_is_none_is_said_of_its_seeds(tmp_path: Path) -> None:
+    for i, value in enumerate((0.5, float("nan"), 0.5, 0.6)):
+        made(tmp_path / str(i), {"loss.steepness": str(i // 2)}, {"miou": value}, i)
+    runs = [collect.read(path) for path in sorted(tmp_path.iterdir())]
+    report.write(runs, tmp_path, {"html"})
+    (plot,) = collect.sweeps(runs)
+    assert tables.sweep(plot).rows[-1] == ["after", "nan ± nan (2)", "55.0 ± 7.1 (2)"]
+
+
 def test_options_without_numbers_are_places(tmp_path: Path) -> None:
     for value in ("[10,100]", "100"):
         made(tmp_path / value, {"loss.steepness": value}, {"miou": 0.5}, trained=False)

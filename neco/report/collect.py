@@ -8,7 +8,6 @@ import glob
 import json
 import os
 import re
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -23,7 +22,7 @@ from neco.errors import NecoError
 from neco.report import gallery, published
 from neco.report.gallery import Gallery
 from neco.report.published import Published
-from neco.results import Results
+from neco.results import Results, spread
 
 Point = tuple[float, float, float, int]  # x, mean, standard deviation, how many
 
@@ -267,13 +266,8 @@ def _plot(title: str, key: str, lines: Mapping[str, Mapping[str, list[float]]]) 
     names = list(dict.fromkeys(x for line in lines.values() for x in line))
     numbers = [_number(name) for name in names]
     at = {name: float(i) if None in numbers else float(numbers[i] or 0) for i, name in enumerate(names)}
-    spread = {
-        label: sorted(
-            (at[x], statistics.fmean(v), statistics.stdev(v) if v[1:] else 0.0, len(v)) for x, v in line.items()
-        )
-        for label, line in lines.items()
-    }
-    return Plot(title, key, spread, names if None in numbers else [])
+    points = {label: sorted((at[x], *spread(v), len(v)) for x, v in line.items()) for label, line in lines.items()}
+    return Plot(title, key, points, names if None in numbers else [])
 
 
 def _label(told: Mapping[str, str], *more: str) -> str:
