@@ -117,6 +117,13 @@ def test_plots_are_means_over_seeds_for_each_line(tmp_path: Path) -> None:
     assert text.count('class="chart"') == 3 + 2 and "23.0 ± 0.7 (2)" in text
 
 
+def test_data_of_another_folder_is_other_data(tmp_path: Path) -> None:
+    for root in ("one", "two"):
+        made(tmp_path / root, {"dataset.root": root, "data_root": root}, {"miou": 0.5}, trained=False)
+    (plot,) = collect.sweeps([collect.read(path) for path in sorted(tmp_path.iterdir())])
+    assert plot.key == "dataset.root" and plot.categories == ["one", "two"]
+
+
 def test_a_number_that_is_none_is_said_of_its_seeds(tmp_path: Path) -> None:
     for i, value in enumerate((0.5, float("nan"), 0.5, 0.6)):
         made(tmp_path / str(i), {"loss.steepness": str(i // 2)}, {"miou": value}, i)

@@ -223,7 +223,7 @@ class Plot:
     categories: list[str]
 
 
-IDLE = re.compile(r"run_dir|seed|show|report|device|debug|cache_dir|data_root|sweep|.*\.root|(hydra|extract|logger).*")
+IDLE = re.compile(r"run_dir|seed|show|report|device|debug|cache_dir|data_root|sweep|(hydra|extract|logger).*")
 
 
 def differing(runs: Sequence[Run], seeds: bool = False) -> dict[str, list[str]]:
