@@ -168,16 +168,20 @@ class Results:
 
 
 def comparison(records: list[dict[str, Any]]) -> list[list[Any]]:
-    """Names of columns, then a row for each evaluation, metric and network: its numbers at the first and last step."""
-    first, last = min(r["step"] for r in records), max(r["step"] for r in records)
-    values = ["before", "after", "change"] if first != last else ["value"]
+    """Names of columns, then a row for each evaluation, metric and network: its numbers at the last step, and before.
+
+    Before is step 0: a number from within a training is none of its start.
+    """
+    steps = {r["step"] for r in records}
+    last = max(steps)
+    values = ["before", "after", "change"] if {0} < steps else ["value"]
     rows: list[list[Any]] = [["dataset", "evaluation", "metric", "network", *values, "std", "protocol"]]
     for record in (r for r in records if r["step"] == last):
-        same = {**{key: record[key] for key in ("network", "evaluation", "asked")}, "step": first}
+        same = {**{key: record[key] for key in ("network", "evaluation", "asked")}, "step": 0}
         before: dict[str, float] = next((r["metrics"] for r in records if same.items() <= r.items()), {})
         for name, value in record["metrics"].items():
             old = before.get(name)
-            numbers = [old, value, None if old is None else value - old] if first != last else [value]
+            numbers = [old, value, None if old is None else value - old] if values[1:] else [value]
             std = (record.get("details", {}).get(name) or {}).get("std")  # over seeds of the evaluation
             about = [record["dataset"], record["evaluation"], name, record["network"]]
             rows.append([*about, *numbers, std, record["protocol"]])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from neco.report import collect, published, tables
+from neco.results import comparison
 
 
 def made(run: Path, model: str, state: str, *records: dict) -> Path:
@@ -41,6 +42,16 @@ def test_a_training_is_compared_before_and_after(tmp_path: Path) -> None:
     table = tables.headline([collect.read(run)])
     found = dict(zip(table.head, table.rows[0], strict=True))
     assert (found["before"], found["after"], found["change"]) == ("74.0", "80.0", "+6.0") and tables.MARK in table.notes
+
+
+def test_a_step_within_a_training_is_not_before_it(tmp_path: Path) -> None:
+    records = [record("segmentation", "segmenter", {"miou": step / 10}, step, weights=str(step)) for step in (4, 8)]
+    run = collect.read(made(tmp_path / "run", "dino_vits16", "", *records))
+    table = tables.headline([run])
+    found = dict(zip(table.head, table.rows[0], strict=True))
+    assert found["measured"] == "80.0" and len(table.rows) == 1 and not {"before", "change"} & {*table.head}
+    head, row = comparison(run.records)
+    assert dict(zip(head, row, strict=True))["value"] == 0.8 and "before" not in head
 
 
 def test_rows_say_which_weights_they_are_and_where_from(tmp_path: Path) -> None:

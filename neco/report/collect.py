@@ -29,7 +29,7 @@ Point = tuple[float, float, float, int]  # x, mean, standard deviation, how many
 
 @dataclass(frozen=True)
 class Number:
-    """One metric of a network at the end of its run, and what it was at the start or of the network compared with."""
+    """One metric of a network at the end of its run, and what it was at step 0 or of the network compared with."""
 
     network: str
     model: str
@@ -171,13 +171,13 @@ def _curves(text: str) -> dict[str, list[tuple[float, float]]]:
 
 
 def _numbers(path: Path, records: list[dict[str, Any]]) -> Iterator[Number]:
-    """Of the last step; before is the first one, else the network `compared`."""
+    """Of the last step; before is step 0, of what was not trained the network `compared`."""
     steps = [record["step"] for record in records]
-    trained, seen = len({*steps}) > 1, set()
+    trained, seen = any(steps), set()
     for record in records:
         first = {"evaluation": record["evaluation"], "asked": record["asked"]}
         same = [r for r in records if first.items() <= r.items()]
-        beside = {"step": min(steps), "network": record["network"]} if trained else {"network": "compared"}
+        beside = {"step": 0, "network": record["network"]} if trained else {"network": "compared"}
         earlier = next((r for r in same if beside.items() <= r.items()), None)
         key = record["evaluation"], record["asked"], record["weights"]
         if record["step"] != max(steps) or earlier is record or key in seen:
