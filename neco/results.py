@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def describe(
     write(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     write(output / "overrides.txt", "".join(f"{override}\n" for override in overrides))
     environment = {
-        "command": " ".join(sys.argv),
+        "command": masked(" ".join(sys.argv)),
         "git": git_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -86,6 +87,12 @@ def describe(
         "packages": versions(),
     }
     write(output / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def masked(text: str) -> str:
+    """Without secrets: users and passwords in addresses, and where the study of a search is, which may have others."""
+    text = re.sub(r"(hydra\.sweeper\.storage=)(?!null\b)\S+", r"\1***", text)
+    return re.sub(r"://[^\s/@]+@", "://***@", text)
 
 
 def note_choice(output: Path, **datasets: Dataset | None) -> None:

@@ -12,7 +12,7 @@ from browser import driver, window
 from conftest import losses
 from PIL import Image
 
-from neco import report
+from neco import report, results
 from neco.eval.pictures import Picture
 from neco.report import charts, collect, gallery, html, latex, markdown, pages, similarity, tables
 
@@ -212,6 +212,18 @@ def test_a_damaged_run_is_left_out(file, inside, tmp_path: Path) -> None:
     code, said = inside("task=report", "runs=[runs/*]", "formats=[html,csv]", "run_dir=report")
     assert code == 0 and "left out" in said and str(Path("runs/bad")) in said, said
     assert (tmp_path / "report/report.csv").read_text().count("teacher") == 1
+
+
+def test_secrets_of_a_command_are_kept_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = "postgresql://me:se/CRET@host/studies?password=SECRET"
+    told = ["checkpoint=https://me:SECRET@host/a.pth", f"hydra.sweeper.storage={database}", "seed=1"]
+    run = made(tmp_path / "run", {}, {"miou": 0.5})
+    monkeypatch.setattr("sys.argv", ["neco", *told])
+    results.describe(run, {"checkpoint": told[0]}, told[:1], {}, "cpu")
+    command = json.loads((run / "environment.json").read_text())["command"]
+    assert command == "neco checkpoint=https://***@host/a.pth hydra.sweeper.storage=*** seed=1"
+    (page,) = report.write([collect.read(run)], tmp_path, {"html"})
+    assert "SECRET" not in page.read_text() and "***@host/a.pth" in page.read_text()
 
 
 def test_a_run_is_one_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

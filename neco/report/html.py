@@ -18,6 +18,7 @@ from neco.report.collect import Plot, Point, Run, sweeps
 from neco.report.gallery import Features
 from neco.report.pages import HERE, address, drawn, encoded, figure, page, swatch
 from neco.report.tables import Table
+from neco.results import masked
 
 PICTURES = 5_000_000  # bytes of pictures in a page
 CURVES = 6  # runs whose curves are drawn
@@ -248,9 +249,11 @@ def _drawn(run: Run, key: str | None, shrink: float) -> str:
 def _setup(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         place = run.environment
-        parts = [f"<pre>python -m neco {escape(shlex.join(run.told))}</pre>"]
-        facts = [[key, str(value)] for key, value in place.items() if not isinstance(value, dict)]
+        parts = [f"<pre>python -m neco {escape(masked(shlex.join(run.told)))}</pre>"]
+        facts = [[key, masked(str(value))] for key, value in place.items() if not isinstance(value, dict)]
         facts += [[f"{name}, version", str(value)] for name, value in place.get("packages", {}).items()]
         parts.append(_folded("environment", _table(Table("environment", ["what", "value"], facts))))
-        parts.append(_folded("config.yaml", f"<pre>{escape(yaml.safe_dump(run.config, sort_keys=False))}</pre>"))
+        parts.append(
+            _folded("config.yaml", f"<pre>{escape(masked(yaml.safe_dump(run.config, sort_keys=False)))}</pre>")
+        )
         yield _folded(run.label, "".join(parts), opened=len(runs) == 1)
