@@ -150,7 +150,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
         return f"run_dir: cannot make the folder {error.filename}: {error.strerror}"
     if "full_key: hydra.run.dir" in text or "full_key: hydra.sweep.dir" in text:
         return "run_dir: the name of a folder is wanted"
-    if option := re.search(r"Could not find '([\w@/]+)/([^'/]+)'", text):
+    if option := re.search(r"Could not (?:find|load) '([\w@/]+)/([^'/]+)'", text):
         group, name = option.groups()
         return f"{group}={name}: no such option{config.nearest(name, config.options(group))} [looked in conf/{group}]"
     if key := re.search(r"Could not override '([^']+)'", text):

@@ -279,3 +279,26 @@ def test_a_missing_package_is_told_at_once(monkeypatch, name, package) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(NecoError, match=rf"logger\.{name}: {name} is not installed .*pip install"):
         config.load(f"logger={name}")
+
+
+@pytest.mark.parametrize("fault", ["raise RuntimeError('no GLIBC')", "raise SystemExit('no GLIBC')"])
+def test_a_broken_package_is_told_at_once(monkeypatch, tmp_path, fault) -> None:
+    (tmp_path / "wandb.py").write_text(fault)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb")
+    with pytest.raises(NecoError, match=r"logger\.wandb: wandb cannot be imported \(\w+: no GLIBC\): .*pip install"):
+        config.load("logger=wandb")
+
+
+def test_an_unknown_tracker_of_several_is_named(inside) -> None:
+    code, said = inside("logger=[csv,wand]")
+    assert code == 2 and "logger=wand: no such option; did you mean 'wandb'?" in said and "search path" not in said
+
+
+def test_an_empty_id_or_tag_is_none(tmp_path) -> None:
+    (tmp_path / "wandb_id.txt").write_text("")
+    with base.Trackers(config.load("logger=wandb", "logger.wandb.tags=['',mine]"), Results(tmp_path)):
+        pass
+    (run,) = offline(tmp_path)
+    assert run.about.run_id == (tmp_path / "wandb_id.txt").read_text() != ""
+    assert "mine" in run.about.tags and "" not in run.about.tags

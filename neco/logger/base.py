@@ -3,6 +3,7 @@
 The keys are the same in every tracker and stay so; docs/tracking.md lists them.
 """
 
+import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neco.config import Settings
+from neco.errors import NecoError
 from neco.interrupt import Interrupted
 from neco.results import Results, comparison
 
@@ -109,6 +111,20 @@ class Trackers:
         self.tell("finish", "interrupted" if stopped else "failed" if kind else "success")
         for tracker in self.each:
             tracker.close()
+
+
+def library(module: str, package: str) -> Any:
+    """Import what a tracker uses, of the package that pip installs. Raises NecoError where it is missing or broken."""
+    name = module.rpartition(".")[2]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise NecoError(f"{name} is not installed ({error}): pip install {package}") from error
+    except (Exception, SystemExit) as error:
+        raise NecoError(
+            f"{name} cannot be imported ({type(error).__name__}: {error}): install it again (pip install {package}) "
+            "or leave it out"
+        ) from error
 
 
 def about(settings: Settings, folder: Path, step: int) -> About:

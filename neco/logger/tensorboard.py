@@ -5,7 +5,6 @@ from typing import Any
 
 import yaml
 
-from neco.errors import NecoError
 from neco.logger import base
 from neco.logger.base import About, Ended, Table, Tracker
 from neco.values import PositiveFloat
@@ -19,11 +18,8 @@ class Tensorboard(Tracker):
     """
 
     def __init__(self, *, wait: PositiveFloat = 30) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise NecoError(f"tensorboard is not installed ({error}): pip install 'neco[tensorboard]'") from error
-        self.build, self.wait = SummaryWriter, wait
+        library = base.library("torch.utils.tensorboard", "'neco[tensorboard]'")
+        self.build, self.wait = library.SummaryWriter, wait
 
     def start(self, about: About) -> None:
         """Later steps of the run in the same folder are dropped by readers."""

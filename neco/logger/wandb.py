@@ -10,9 +10,9 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from neco.errors import NecoError
 from neco.logger import base
 from neco.logger.base import About, Ended, Table, Tracker
+from neco.results import write
 from neco.values import PositiveFloat
 
 log = logging.getLogger(__name__)
@@ -40,11 +40,8 @@ class Wandb(Tracker):
         tags: list[str] | None = None,
         wait: PositiveFloat = 30,
     ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise NecoError(f"wandb is not installed ({error}): pip install wandb") from error
-        self.library, self.mode, self.group, self.tags, self.wait = wandb, mode, group, tags or [], wait
+        self.library, self.mode, self.group = base.library("wandb", "wandb"), mode, group
+        self.tags, self.wait = tags or [], wait
         self.options: dict[str, Any] = {"project": project, "entity": entity}
         self.run: Any = None
 
@@ -52,8 +49,8 @@ class Wandb(Tracker):
         """Sends the configuration; says how to upload where it is offline."""
         self.folder = about.folder
         id_file = about.folder / "wandb_id.txt"
-        if not id_file.is_file():
-            id_file.write_text(secrets.token_hex(4))
+        if not id_file.is_file() or not id_file.read_text().strip():
+            write(id_file, secrets.token_hex(4))
         why = "" if self.mode == "online" else "mode=offline" if self.mode == "offline" else _unreachable()
         # Its console capture would have every line of ours wait for its service.
         settings = {"console": "off", "silent": True, "reinit": "create_new", "init_timeout": OPEN}
@@ -63,7 +60,7 @@ class Wandb(Tracker):
             "name": about.name[:128],
             "group": self.group or about.group,
             "job_type": about.config["task"],
-            "tags": [*dict.fromkeys(tag[:64] for tag in (*about.tags, *self.tags))],
+            "tags": [*dict.fromkeys(tag[:64] for tag in (*about.tags, *self.tags) if tag.strip())],
             "dir": str(about.folder),
             "resume": "allow",
             "settings": settings,
