@@ -178,7 +178,7 @@ def _similarity(runs: Sequence[Run]) -> Iterator[str]:
         '<div class="pairs"></div></div><noscript><p>This part needs JavaScript.</p></noscript>'
         f'<p class="quiet">{escape(note)}</p>'
     )
-    if len(gallery.keys) > similarity.IMAGES or len(networks) > similarity.NETWORKS:
+    if len(gallery.keys) > len(data["images"]) or len(networks) > len(names):
         told = f"{len(data['images'])} of {len(gallery.keys)} images and {len(names)} of {len(networks)} networks"
         yield f'<p class="quiet">The first {told}.</p>'
     text = json.dumps(data).replace("<", "\\u003c")  # no text can end the script

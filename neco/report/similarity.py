@@ -16,7 +16,7 @@ from neco.eval.pictures import stretched
 from neco.report.gallery import Features, Gallery
 
 BYTES = 6_000_000  # of the features of a page; base64 makes a third more of it
-IMAGES, NETWORKS = 12, 6
+IMAGES, NETWORKS, LEAST = 12, 6, 16
 QUERIES = 64
 
 
@@ -46,14 +46,23 @@ def pack(
 ) -> tuple[dict[str, Any], str]:
     """What page.js reads, of networks by title and of `images` by address, and a note of what was lost.
 
-    More than IMAGES and NETWORKS are left out, and dimensions are reduced where BYTES would be exceeded.
+    More than IMAGES and NETWORKS are left out. Where BYTES would be exceeded dimensions are reduced, to LEAST at least;
+    beyond that images are left out, then networks.
     """
     networks, count = networks[:NETWORKS], min(len(gallery.keys), IMAGES)
-    patches = sum(count * part.maps.shape[1] * part.maps.shape[2] for _, part in networks)
+
+    def patches() -> int:
+        return sum(count * part.maps.shape[1] * part.maps.shape[2] for _, part in networks)
+
+    while patches() * (LEAST + 1) > BYTES and (count > 1 or networks[1:]):  # a byte more is the class
+        if count > 2 or not networks[1:]:
+            count -= 1
+        else:
+            networks = networks[:-1]
     made, worst, dims = [], 0.0, {}
     for name, (_, _, _, maps) in networks:
         maps = maps[:count]
-        dim = min(maps.shape[-1], max(16, BYTES // patches - 1))  # a byte more is the class
+        dim = min(maps.shape[-1], max(1, BYTES // patches() - 1))
         small, (height, width) = quantise(maps, dim), maps.shape[1:3]
         worst = max(worst, error(maps, small))
         dims[maps.shape[-1]] = dim
