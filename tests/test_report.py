@@ -78,6 +78,18 @@ def test_a_page_keeps_within_its_size(tmp_path: Path, monkeypatch: pytest.Monkey
     assert re.search(r"[12] more are in ", text), "pictures beyond the room"
 
 
+@pytest.mark.parametrize(("side", "images", "networks"), [(4, 3, 4), (6, 2, 4), (9, 2, 2), (16, 1, 1), (26, 1, 1)])
+def test_large_grids_leave_out_images_and_networks(side, images, networks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "BYTES", 6000)
+    maps = torch.randn(3, side, side, 32, generator=torch.Generator().manual_seed(0))
+    features = [gallery.Features("teacher", step, str(step), maps) for step in range(4)]
+    blank = np.zeros((8, 8, 3), np.uint8)
+    shown = gallery.Gallery(["a", "b", "c"], [blank] * 3, [blank[..., 0]] * 3, ["x"], features)
+    data, _ = similarity.pack(shown, [(part.weights, part) for part in features], ["data:"] * 3)
+    assert (len(data["images"]), len(data["networks"])) == (images, networks)
+    assert sum(len(network["data"] + network["labels"]) for network in data["networks"]) <= 4 / 3 * 6000 + 32
+
+
 def test_names_are_text_in_every_format(tmp_path: Path) -> None:
     runs = [collect.read(made(tmp_path / "run", {"a": HOSTILE}, {HOSTILE: 0.5}))]
     files = {
@@ -232,6 +244,8 @@ def test_a_run_is_one_however_it_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     paths = collect.find(["a/one", f"{tmp_path}/a/*", "a/../a/one"])
     assert len(paths) == 2 and collect.labels(paths) == ["one", "two"]
+    odd = made(tmp_path / "a[1]/k=*", {}, {"miou": 0.5})
+    assert collect.find(["a[1]/k=*"]) == [odd.relative_to(tmp_path)], "no pattern where it is a name"
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,8 @@ class Run:
 def find(patterns: Sequence[str]) -> list[Path]:
     """The folders with results among those named, and in them, as of several jobs. Raises NecoError without any."""
     wanted = [str(Path(pattern).expanduser()) for pattern in patterns]
-    named = [Path(path) for pattern in wanted for path in sorted(glob.glob(pattern))]
+    fit = [[path] if Path(path).exists() else sorted(glob.glob(path)) for path in wanted]  # [1] may be in a name
+    named = [Path(path) for paths in fit for path in paths]
     found = [[path / "results.json", *sorted(path.glob("*/results.json"))] for path in named]
     runs = [*{file.parent.resolve(): file.parent for files in found for file in files if file.is_file()}.values()]
     if not runs:
