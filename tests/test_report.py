@@ -39,7 +39,9 @@ def made(run: Path, told: dict[str, str], numbers: dict[str, float], seed: int =
     (run / "overrides.txt").write_text(
         "".join(f"{key}={value}\n" for key, value in {**told, "seed": str(seed)}.items())
     )
-    (run / "config.yaml").write_text(json.dumps({"task": "train", "loss": {"steepness": 30}, "x": HOSTILE}))
+    (run / "config.yaml").write_text(
+        json.dumps({"task": "train" if trained else "eval", "loss": {"steepness": 30}, "x": HOSTILE})
+    )
     (run / "metrics.csv").write_text(
         "step,epoch,loss,lr_a,lr_b,images_per_second\n1,0,2.5,1,2,9\n2,0,nan,1,2,9\n3,1,2,1,2,\n"
     )
@@ -143,6 +145,24 @@ def test_a_number_that_is_none_is_said_of_its_seeds(tmp_path: Path) -> None:
     report.write(runs, tmp_path, {"html"})
     (plot,) = collect.sweeps(runs)
     assert tables.sweep(plot).rows[-1] == ["after", "nan ± nan (2)", "55.0 ± 7.1 (2)"]
+
+
+def test_what_has_not_ended_is_no_result(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        made(tmp_path / name, {"optim.lr": name, "launcher.detach": name}, {"miou": 0.5})
+    (tmp_path / "b/status.json").write_text(json.dumps({"status": "failed", "message": "loss is no number\nmore"}))
+    held = json.loads((tmp_path / "c/results.json").read_text())
+    (tmp_path / "c/results.json").write_text(json.dumps([record for record in held if not record["step"]]))
+    (tmp_path / "d/results.json").unlink()
+    (tmp_path / "d/status.json").write_text(json.dumps({"status": "queued"}))
+    runs = [collect.read(path) for path in collect.find([str(tmp_path)])]
+    left = [["b", "failed: loss is no number"], ["c", "only its start was evaluated"], ["d", "queued"]]
+    assert tables.unfinished(runs).rows == left
+    assert {row[0] for row in tables.headline(runs).rows} == {"a", "b"} and "launcher.detach" not in collect.differing(
+        runs
+    )
+    report.write(runs, tmp_path, {"html", "markdown"})
+    assert all("loss is no number" in (tmp_path / f"report.{end}").read_text() for end in ("html", "md"))
 
 
 def test_options_without_numbers_are_places(tmp_path: Path) -> None:

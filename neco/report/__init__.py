@@ -15,7 +15,13 @@ def write(runs: Sequence[collect.Run], folder: Path, formats: Iterable[str]) -> 
     """Write `report.html`, `.md`, `.tex` and `.csv` of these runs, as far as they are wanted; returns the files."""
     several = len(runs) > 1
     extra = map(tables.sweep, collect.sweeps(runs)) if several else (table for _, table in tables.classes(runs[0]))
-    found = [tables.headline(runs), *extra, *([tables.settings(runs)] if several else []), tables.costs(runs)]
+    found = [
+        *([tables.unfinished(runs)] if several else []),
+        tables.headline(runs),
+        *extra,
+        *([tables.settings(runs)] if several else []),
+        tables.costs(runs),
+    ]
     shown, title = [table for table in found if table.rows], html.title(runs)
     writers = {
         "html": (".html", lambda path: html.write(path, runs)),

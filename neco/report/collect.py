@@ -23,6 +23,7 @@ from neco.report import gallery, published
 from neco.report.gallery import Gallery
 from neco.report.published import Published
 from neco.results import Results, spread
+from neco.sweep import STATUS, status
 
 Point = tuple[float, float, float, int]  # x, mean, standard deviation, how many
 
@@ -72,6 +73,7 @@ class Run:
     told: list[str] = field(default_factory=list)  # on the command line
     environment: dict[str, Any] = field(default_factory=dict)
     gallery: Gallery | None = None
+    unfinished: str = ""  # why, if it is
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -101,12 +103,13 @@ class Run:
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
-    """The folders with results among those named, and in them, as of several jobs. Raises NecoError without any."""
+    """The folders of runs among those named, and in them, as of several jobs. Raises NecoError without any."""
     wanted = [str(Path(pattern).expanduser()) for pattern in patterns]
     fit = [[path] if Path(path).exists() else sorted(glob.glob(path)) for path in wanted]  # [1] may be in a name
     named = [Path(path) for paths in fit for path in paths]
-    found = [[path / "results.json", *sorted(path.glob("*/results.json"))] for path in named]
-    runs = [*{file.parent.resolve(): file.parent for files in found for file in files if file.is_file()}.values()]
+    found = [folder for path in named for folder in (path, *sorted(path.glob("*/")))]
+    held = [folder for folder in found if any((folder / name).is_file() for name in ("results.json", STATUS))]
+    runs = [*{folder.resolve(): folder for folder in held}.values()]
     if not runs:
         told = f"runs=[{','.join(patterns)}]: {len(named)} folders fit, none has a results.json"
         raise NecoError(f"{told}; name run folders: runs=[runs/train/*,runs/eval/*]")
@@ -115,8 +118,8 @@ def find(patterns: Sequence[str]) -> list[Path]:
 
 def read(path: Path, label: str = "") -> Run:
     """A run folder. Raises NecoError for what is damaged, and where nothing was evaluated."""
-    records = Results(path, writes=False).records
-    if not records and not (path / "metrics.csv").is_file():
+    records, said = Results(path, writes=False).records, status(path)
+    if not records and not said and not (path / "metrics.csv").is_file():
         raise NecoError(f"{path}: nothing was recorded there")
     try:
         held = {name: path / name for name in ("config.yaml", "overrides.txt", "environment.json", "metrics.csv")}
@@ -125,16 +128,21 @@ def read(path: Path, label: str = "") -> Run:
         environment = _mapping(json.loads(texts["environment.json"] or "{}"), "environment.json")
         for name in ("choices", "packages"):
             _mapping(environment.get(name), f"{name} in environment.json")
+        begun = config.get("task") in ("train", "finetune") and not any(record["step"] for record in records)
+        ended = "only its start was evaluated" if begun and records else "nothing was evaluated" if not records else ""
+        if said.get("status", "done") != "done":
+            ended = ": ".join(filter(None, [said["status"], str(said.get("message", "")).partition("\n")[0]]))
         return Run(
             path,
             label or path.name,
             records,
-            [*_numbers(path, records)],
+            [] if begun else [*_numbers(path, records)],
             _curves(texts["metrics.csv"]),
             config,
             texts["overrides.txt"].splitlines(),
             environment,
             gallery.load(path),
+            ended,
         )
     except (ValueError, TypeError, KeyError, OSError, yaml.YAMLError, SafetensorError) as error:
         raise NecoError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
@@ -211,6 +219,8 @@ def _source(record: Mapping[str, Any]) -> str:
     held, state = record.get("checkpoint"), record.get("state")
     if held == "none":
         return "random"
+    if str(held).startswith("package:"):
+        return "of the package"
     return {"before": "published", "after": "post-trained"}.get(state or "", Path(held).name if held else "")
 
 
@@ -224,7 +234,7 @@ class Plot:
     categories: list[str]
 
 
-IDLE = re.compile(r"run_dir|seed|show|report|device|debug|cache_dir|data_root|sweep|(hydra|extract|logger).*")
+IDLE = re.compile(r"run_dir|seed|show|report|device|debug|cache_dir|data_root|sweep|(hydra|extract|launcher|logger).*")
 
 
 def differing(runs: Sequence[Run], seeds: bool = False) -> dict[str, list[str]]:

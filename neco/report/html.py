@@ -36,6 +36,7 @@ def write(path: Path, runs: Sequence[Run]) -> None:
     """The page of these runs."""
     plots = sweeps(runs) if len(runs) > 1 else []
     sections = {
+        "Not done": [_table(tables.unfinished(runs))] if len(runs) > 1 else [],
         "Over settings": _sweeps(runs, plots),
         "Numbers": [_table(tables.headline(runs))],
         "Similarity": _similarity(runs),

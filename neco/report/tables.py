@@ -63,6 +63,11 @@ def compact(table: Table, without: Sequence[str] = ()) -> Table:
     return Table(table.title, [table.head[i] for i in kept], [[r[i] for i in kept] for r in table.rows], table.notes)
 
 
+def unfinished(runs: Sequence[Run]) -> Table:
+    """The runs that have not come to their end, and why: what they have is no result, or not all of it."""
+    return Table("Not done", ["run", "how it ended"], [[run.label, run.unfinished] for run in runs if run.unfinished])
+
+
 def classes(run: Run) -> Iterator[tuple[Number, Table]]:
     """IoU of each class, of the network that counts: what gained most first."""
     for n in run.result:
@@ -119,7 +124,7 @@ def costs(runs: Sequence[Run]) -> Table:
 
 
 def _change(value: float | None) -> str:
-    return "" if value is None else f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
+    return "" if value is None else f"{value:+.1f}"
 
 
 def _figure(value: float | None, digits: int = 1) -> str:

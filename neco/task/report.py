@@ -33,9 +33,11 @@ def main(settings: Settings, job: Job, output: Path) -> None:
             runs.append(collect.read(path, label))
         except NecoError as error:
             log.warning("left out    %s", error)
+    runs = collect.told_apart(runs)
+    if (left := tables.unfinished(runs)).rows:
+        log.info("\n%s\n", columns([left.head, *left.rows]))
     if not any(run.numbers for run in runs):
         raise NecoError(f"none of {len(job.runs)} runs has a number that can be read; see above")
-    runs = collect.told_apart(runs)
     table = tables.headline(runs)
     log.info("\n%s\n\n%s\n", columns([table.head, *table.rows]), "\n".join(table.notes))
     for path in report.write(runs, output, settings.run.formats):
