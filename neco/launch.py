@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ class Job:
         gpus = getattr(self.options, "gpus", 1)
         return self.training.get("devices", gpus if gpus != "auto" else 1) or 1
 
+    @cached_property  # a job that is submitted takes along what it was asked for
     def digest(self) -> str:
         """Of all that can change what comes out."""
         settings = {k: v for k, v in plain(self.config).items() if k not in ("sweep", "launcher", "run_dir", "debug")}
@@ -89,7 +91,7 @@ class Job:
     def note(self, how: str, **said: Any) -> None:
         """Write status.json. Of several processes the one that fails first does it: the others follow from that."""
         hydra = self.config.hydra
-        job = {"job": hydra.job.num, "overrides": told(hydra), "config": self.digest()}
+        job = {"job": hydra.job.num, "overrides": told(hydra), "config": self.digest}
         self.said = {"status": how, **said, **job}
         if status(self.folder).get("status") != "failed" if how == "failed" else leads():
             self.folder.mkdir(parents=True, exist_ok=True)  # where nothing was begun it is not there any more
@@ -172,7 +174,7 @@ def name(overrides: Sequence[str], changing: set[str]) -> str:
         safe = re.sub(r"[^\w.@-]", "_", bare)
         if len(safe) > 8 and re.fullmatch(r"-?\d+\.\d+(e-?\d+)?", safe):
             safe = f"{float(safe):.3g}"
-        whole &= safe == bare
+        whole &= safe == value  # `4` and `[4]` are two jobs
         parts.append(f"{short if last.count(short) == 1 else key}-{safe}")
     text = "+".join(parts)
     if whole and len(text) <= 100:
@@ -209,15 +211,21 @@ class Launcher(launcher.Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run what is not done. A job that gave no number returns None; `failed` says which have failed."""
         setup_globals()
+        folders: dict[Path, Job] = {}
         jobs = [self.job(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
-        todo = [job for job in jobs if not self.done(job)]
+        for i, job in enumerate(jobs):
+            jobs[i] = folders.setdefault(job.folder, job)  # a search may ask for the same job twice
+            if jobs[i].digest != job.digest:
+                both = " and ".join(shlex.join(told(each.config.hydra)) for each in (jobs[i], job))
+                raise NecoError(f"{job.folder} would be the folder of two jobs: {both}; give each a sweep of its own")
+        todo = [job for job in folders.values() if not self.done(job)]
         if self.cluster:
             self.submit(todo)
         else:
             self.run(todo)
         failed.extend(
             (self.folder, job.folder, f"{job.said['status']}: {job.said['message']}")
-            for job in jobs
+            for job in folders.values()
             if "message" in job.said
         )
         returns = [JobReturn(overrides=[*overrides], status=JobStatus.COMPLETED) for overrides in job_overrides]
@@ -244,7 +252,7 @@ class Launcher(launcher.Launcher):
     def done(self, job: Job) -> bool:
         """Whether this very job has ended well in its folder; of one that SLURM may still have it notes the number."""
         said = status(job.folder)
-        same = said.get("config") == job.digest()
+        same = said.get("config") == job.digest
         if same and said["status"] == "done" and self.config.sweep.skip_done:
             job.said = said
             say(f"done before  {job.folder}")
@@ -326,7 +334,8 @@ class Launcher(launcher.Launcher):
         for job, started in [*running.items()]:
             if job.options.ended(started, status(job.folder).get("status")):
                 del running[job]
-                job.said = status(job.folder)
+                said = status(job.folder)
+                job.said = said if said.get("config") == job.digest else {}
                 if job.said.get("status") not in ("done", "failed", "stopped"):
                     output = job.folder / "output_0.txt"
                     where = output if output.is_file() else self.folder / ".submitit"

@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import SMALL, losses
+from omegaconf import OmegaConf
 
 from neco import config
 from neco.errors import NecoError
-from neco.launch import name
+from neco.launch import Job, Launcher, name
 from neco.sweep import status, summary
 
 
@@ -55,6 +57,10 @@ def test_summary_of_runs_with_one_step_is_their_number(tmp_path):
     assert "no jobs" in summary(tmp_path / "0")
 
 
+EVAL = (
+    "task=eval", "model=tiny", "dataset=shapes", "weights=none", "dataset.train=12", "dataset.val=4", "eval=overcluster",
+    "eval.overcluster.k=4", "eval.overcluster.restarts=1", "extract.workers=0", "report=false", "run_dir=out",
+)  # fmt: skip
 TINY = (*SMALL, "train.steps=2", "eval=overcluster", "eval.overcluster.k=4", "loss.grid=3", "run_dir=out")
 
 
@@ -78,7 +84,8 @@ def test_a_sweep_is_its_runs_and_a_table(inside, tmp_path):
     ("overrides", "wanted"),
     (
         (["model=tiny", "eval.overcluster.k=9", "seed=0"], "model-tiny+k-9"),
-        (["eval.overcluster.k=9", "+eval.linear.k=[1,null]"], "eval.overcluster.k-9+eval.linear.k-1_null"),
+        (["eval.overcluster.k=9", "+eval.linear.k=1"], "eval.overcluster.k-9+eval.linear.k-1"),
+        (["+eval.linear.k=[1,null]"], "k-1_null-4706d5b3"),
         (["seed=0"], "."),
     ),
 )
@@ -94,6 +101,28 @@ def test_names_are_short_and_tell_all_jobs_apart():
     assert len({*names}) == 3 and all(len(n) <= 100 and "/" not in n for n in names)
     assert names[0] == name([*several[0], "run_dir=out"], {"model", "optim.lr", "checkpoint"})
     assert name(["lr=0.000123456789"], {"lr"}).startswith("lr-0.000123-")
+    assert len({name([f"k={value}"], {"k"}) for value in ("4", "[4]", "'4'", "[[4]]")}) == 4
+
+
+def test_jobs_in_one_folder_are_the_same_or_refused(inside, tmp_path):
+    code, said = inside("-m", *EVAL, "seed=0,1", "hydra.sweep.subdir=x")
+    assert code == 2 and "out/x would be the folder of two jobs: " in said and not (tmp_path / "out/x").exists()
+    code, said = inside("-m", *EVAL, "seed=0,0")
+    assert code == 0 and said.count("seed-0/results.json") == 1
+
+
+def test_what_another_job_says_in_the_folder_is_not_taken_for_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    cfg = OmegaConf.create(
+        {"hydra": {"sweep": {"dir": str(tmp_path), "subdir": "x"}, "job": {"num": 0}, "overrides": {"task": []}}}
+    )
+    over = SimpleNamespace(ended=lambda *about: True, fate=lambda started: "ended without a word")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/status.json").write_text(json.dumps({"status": "done", "objective": 0.5, "config": "another"}))
+    launcher, job = Launcher("local"), Job(cfg, [], over)
+    launcher.folder = tmp_path
+    launcher.wait({job: None})
+    assert job.said["status"] == "failed" and job.said.get("objective") is None
 
 
 def test_one_that_fails_does_not_end_the_others_and_those_done_are_left_out(inside, tmp_path):
