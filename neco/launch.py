@@ -32,7 +32,7 @@ from neco.cluster import CLUSTERS, Slurm, preempted
 from neco.config import check
 from neco.config import plain as resolved
 from neco.errors import NecoError
-from neco.results import write
+from neco.results import Results, write
 from neco.sweep import STATUS, status
 
 REQUEUE = 128 + signal.SIGUSR2
@@ -84,9 +84,10 @@ class Job:
 
     @cached_property  # a job that is submitted takes along what it was asked for
     def digest(self) -> str:
-        """Of all that can change what comes out."""
+        """Of all that can change what comes out, the files that it names included."""
         settings = {k: v for k, v in plain(self.config).items() if k not in ("sweep", "launcher", "run_dir", "debug")}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        named = [str(value) for key in ("checkpoint", "compare") if (value := settings.get(key))]
+        return hashlib.sha256(json.dumps([settings, *map(state, named)], sort_keys=True).encode()).hexdigest()[:16]
 
     def note(self, how: str, **said: Any) -> None:
         """Write status.json. Of several processes the one that fails first does it: the others follow from that."""
@@ -148,6 +149,17 @@ class Job:
         return DelayedSubmission(self)
 
 
+def state(source: str) -> tuple[int, int] | None:
+    """When the file behind a `checkpoint` was written, and its size: a run that went on has other weights."""
+    from neco.model import last_checkpoint
+
+    try:
+        found = Path(last_checkpoint(source)).expanduser().stat()
+    except (NecoError, OSError):  # of no file, or the job will say what is wrong
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
 def told(hydra: Any) -> list[str]:
     """The overrides as they were typed: `${keys}` in them are the configuration's."""
     return OmegaConf.to_container(hydra.overrides.task, resolve=False)  # type: ignore[return-value]
@@ -180,6 +192,15 @@ def name(overrides: Sequence[str], changing: set[str]) -> str:
     if whole and len(text) <= 100:
         return text or "."
     return f"{text[:90]}-{hashlib.sha256(repr(pairs).encode()).hexdigest()[:8]}"
+
+
+def recorded(folder: Path, said: dict[str, Any]) -> bool:
+    """Whether the results of a job that gave a number are there and can be read."""
+    try:
+        return said.get("objective") is None or bool(Results(folder, writes=False).records)
+    except NecoError as error:
+        say(f"again        {error}")
+        return False
 
 
 def leads() -> bool:
@@ -253,7 +274,7 @@ class Launcher(launcher.Launcher):
         """Whether this very job has ended well in its folder; of one that SLURM may still have it notes the number."""
         said = status(job.folder)
         same = said.get("config") == job.digest
-        if same and said["status"] == "done" and self.config.sweep.skip_done:
+        if same and said["status"] == "done" and self.config.sweep.skip_done and recorded(job.folder, said):
             job.said = said
             say(f"done before  {job.folder}")
             return True

@@ -3,14 +3,17 @@
 import csv
 import io
 import json
+import math
 import os
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from neco.results import columns, markdown, write
+from neco.errors import NecoError
+from neco.results import Results, columns, markdown, write
 
 STATUS = "status.json"  # of a job: how it ended, its objective or message, its overrides, a digest of its configuration
 
@@ -27,9 +30,18 @@ class Summary(Callback):
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """What the status.json of a job says; empty where there is none."""
+    """What the status.json of a job says; empty where there is none, or a damaged one."""
     path = folder / STATUS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        said = json.loads(path.read_text())
+        if lacking := {"status", "job", "overrides"} - {*said}:
+            raise ValueError(f"no {min(lacking)}")
+        return {**said}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        print(f"{path} is damaged ({error}): taken as not there", file=sys.stderr)
+        return {}
 
 
 def summary(folder: Path) -> str:
@@ -39,10 +51,14 @@ def summary(folder: Path) -> str:
     several steps their number is the change from the first to the last, the first line says what was before. Jobs that
     have not ended well are lines of their own.
     """
-    said = {path.parent: status(path.parent) for path in folder.glob(f"*/{STATUS}")}
+    said = {path.parent: one for path in folder.glob(f"*/{STATUS}") if (one := status(path.parent))}
     jobs = sorted(said, key=lambda job: (said[job]["job"], job.name))
-    files = {job: job / "results.json" for job in jobs}
-    found = {job: json.loads(files[job].read_text()) if files[job].is_file() else [] for job in jobs}
+    found: dict[Path, list[dict[str, Any]]] = {}
+    for job in jobs:
+        try:
+            found[job] = Results(job, writes=False).records
+        except NecoError as error:
+            found[job], said[job] = [], {**said[job], "status": "damaged", "message": str(error)}
     done = [job for job in jobs if said[job]["status"] == "done"]
     trained = any(len({r["step"] for r in found[job]}) > 1 for job in done)
     common = set.intersection(*(set(said[job]["overrides"]) for job in jobs)) if jobs else set()
@@ -77,7 +93,8 @@ def summary(folder: Path) -> str:
     for label, values in lines.items():
         rows.append([*label, *(_spread([v[m] for v in values if m in v], "+" if trained else "") for m in metrics)])
     protocols = dict.fromkeys(f"protocol  {r['evaluation']}: {r['protocol']}" for job in done for r in found[job])
-    below = ["(n): runs, mean ± standard deviation", *protocols]
+    damaged = (said[job]["message"] for job in jobs if said[job]["status"] == "damaged")
+    below = ["(n): runs, mean ± standard deviation", *protocols, *damaged]
     text, sheet = "\n".join([columns(rows), *below]) if jobs else f"(no jobs in {folder})", io.StringIO()
     writer = csv.DictWriter(sheet, dict.fromkeys(key for row in table for key in row), restval="", lineterminator="\n")
     writer.writeheader()
@@ -96,5 +113,6 @@ def _numbers(records: list[dict[str, Any]], step: int, network: str) -> dict[str
 def _spread(values: list[float], sign: str = "") -> str:
     if not values:
         return ""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    finite = all(map(math.isfinite, values))  # statistics.stdev takes no others
+    deviation = f" ± {statistics.stdev(values) if finite else math.nan:.4f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{sign}.4f}{deviation} ({len(values)})"

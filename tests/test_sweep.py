@@ -2,6 +2,9 @@
 
 import csv
 import json
+import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import SMALL, losses
+from conftest import ROOT, SMALL, losses
 from omegaconf import OmegaConf
 
 from neco import config
 from neco.errors import NecoError
 from neco.launch import Job, Launcher, name
 from neco.sweep import status, summary
+
+RECORD = {"network": "student", "evaluation": "retrieval", "protocol": "p", "weights": "w", "dataset": "d"}
 
 
 def run(folder, name, overrides, *numbers, status="done"):
@@ -25,10 +30,7 @@ def run(folder, name, overrides, *numbers, status="done"):
     place.mkdir()
     said = {"status": status, "job": 0, "objective": None, "overrides": ["sweep=loss", *overrides]}
     (place / "status.json").write_text(json.dumps(said))
-    records = [
-        {"step": 5 * i, "network": "student", "evaluation": "retrieval", "protocol": "p", "metrics": {"miou": number}}
-        for i, number in enumerate(numbers)
-    ]
+    records = [{**RECORD, "step": 5 * i, "metrics": {"miou": number}} for i, number in enumerate(numbers)]
     (place / "results.json").write_text(json.dumps(records))
 
 
@@ -57,8 +59,22 @@ def test_summary_of_runs_with_one_step_is_their_number(tmp_path):
     assert "no jobs" in summary(tmp_path / "0")
 
 
+def test_summary_of_damaged_files_and_numbers_that_are_none(tmp_path, capsys):
+    for i in range(5):
+        run(tmp_path, f"{i}", ["loss=a", f"seed={i}"], math.nan if i else 0.5)
+    (tmp_path / "2/results.json").write_text("[{")
+    for i, text in ((3, '{"status": "do'), (4, "[]")):
+        (tmp_path / f"{i}/status.json").write_text(text)
+    said = summary(tmp_path)
+    assert "nan ± nan (2)" in said and re.search(r"^seed=2 +damaged", said, re.MULTILINE)
+    assert f"{tmp_path / '2/results.json'} is damaged" in said
+    told = sorted(capsys.readouterr().err.splitlines())
+    assert all(f"{tmp_path / f'{i}/status.json'} is damaged" in line for i, line in zip((3, 4), told, strict=True))
+
+
 EVAL = (
-    "task=eval", "model=tiny", "dataset=shapes", "weights=none", "dataset.train=12", "dataset.val=4", "eval=overcluster",
+    "task=eval", "model=tiny", "dataset=shapes", "weights=none", "dataset.train=12", "dataset.val=4",
+    "eval=overcluster", "eval.overcluster.size=64",
     "eval.overcluster.k=4", "eval.overcluster.restarts=1", "extract.workers=0", "report=false", "run_dir=out",
 )  # fmt: skip
 TINY = (*SMALL, "train.steps=2", "eval=overcluster", "eval.overcluster.k=4", "loss.grid=3", "run_dir=out")
@@ -111,6 +127,19 @@ def test_jobs_in_one_folder_are_the_same_or_refused(inside, tmp_path):
     assert code == 0 and said.count("seed-0/results.json") == 1
 
 
+def test_done_before_means_with_these_weights_and_results(inside, tmp_path):
+    job = ["-m", *(o for o in EVAL if o != "weights=none"), "checkpoint=w.safetensors", "seed=0,1"]
+    shutil.copy(ROOT / "neco/model/tiny.safetensors", tmp_path / "w.safetensors")
+    assert inside(*job)[0] == 0 and "done before  out/seed-0" in inside(*job)[1]
+    for spoil in (lambda: (tmp_path / "w.safetensors").touch(), (tmp_path / "out/seed-0/results.json").unlink):
+        spoil()
+        code, said = inside(*job)
+        assert code == 0 and "done before  out/seed-0" not in said and (tmp_path / "out/seed-0/results.json").is_file()
+    (tmp_path / "out/seed-0/results.json").write_text("[{")
+    code, said = inside(*job)
+    assert code == 2 and "out/seed-0: failed: " in said and "results.json is damaged" in said
+
+
 def test_what_another_job_says_in_the_folder_is_not_taken_for_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     cfg = OmegaConf.create(
@@ -118,7 +147,9 @@ def test_what_another_job_says_in_the_folder_is_not_taken_for_ours(tmp_path, mon
     )
     over = SimpleNamespace(ended=lambda *about: True, fate=lambda started: "ended without a word")
     (tmp_path / "x").mkdir()
-    (tmp_path / "x/status.json").write_text(json.dumps({"status": "done", "objective": 0.5, "config": "another"}))
+    (tmp_path / "x/status.json").write_text(
+        json.dumps({"status": "done", "objective": 0.5, "config": "another", "job": 0, "overrides": []})
+    )
     launcher, job = Launcher("local"), Job(cfg, [], over)
     launcher.folder = tmp_path
     launcher.wait({job: None})
