@@ -35,6 +35,7 @@ from neco.errors import NecoError
 from neco.results import Results, write
 from neco.sweep import STATUS, status
 
+ASIDE = ("sweep", "launcher", "run_dir", "debug")  # keys that cannot change what comes out
 REQUEUE = 128 + signal.SIGUSR2
 failed: list[tuple[Path, Path, str]] = []  # the folders of the sweep and of the job, what became of it
 
@@ -85,7 +86,7 @@ class Job:
     @cached_property  # a job that is submitted takes along what it was asked for
     def digest(self) -> str:
         """Of all that can change what comes out, the files that it names included."""
-        settings = {k: v for k, v in plain(self.config).items() if k not in ("sweep", "launcher", "run_dir", "debug")}
+        settings = {k: v for k, v in plain(self.config).items() if k not in ASIDE}
         named = [str(value) for key in ("checkpoint", "compare") if (value := settings.get(key))]
         return hashlib.sha256(json.dumps([settings, *map(state, named)], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from neco.config import check
 from neco.errors import NecoError
-from neco.launch import failed, name, say
+from neco.launch import ASIDE, failed, name, say
 from neco.results import write
 from neco.values import Positive, Seed
 
@@ -46,7 +46,7 @@ class Optuna(sweeper.Sweeper):
             raise NecoError("launcher.detach=true: a search needs what its jobs give; leave it running, e.g. in tmux")
         self.loader, self.cfg = hydra_context.config_loader, config
         plugins = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
-        self.runner = Plugins.instance().instantiate_launcher(**plugins)
+        self.runner: Any = Plugins.instance().instantiate_launcher(**plugins)
 
     def sweep(self, arguments: list[str]) -> float | None:
         """Search until there are n_trials, those of an earlier start included; the best value."""
@@ -57,6 +57,7 @@ class Optuna(sweeper.Sweeper):
         given = [*(f"{key}={value}" for key, value in self.options.params.items()), *arguments]
         parsed = {o.get_key_element(): o for o in OverridesParser.create(self.loader).parse_overrides(given)}
         fixed = [f"{k}={o.get_value_element_as_str()}" for k, o in parsed.items() if not o.is_sweep_override()]
+        same = [o for o in fixed if o.lstrip("+").split("=")[0].split(".")[0] not in ASIDE]
         space = {key: distribution(o) for key, o in parsed.items() if o.is_sweep_override()}
         if not space:
             raise NecoError("hydra/sweeper=optuna: nothing to search; e.g. optim.lr='tag(log, interval(1e-6, 1e-4))'")
@@ -64,13 +65,11 @@ class Optuna(sweeper.Sweeper):
         folder.mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         state = optuna.trial.TrialState
+        asked: dict[str, Any] = {"direction": self.options.direction, "searched": sorted(space), "fixed": sorted(same)}
+        if self.options.storage:
+            asked["run_dir"] = str(folder.absolute())
+        study = self.study(folder, asked)
         try:
-            study = optuna.create_study(
-                study_name="neco",
-                storage=self.options.storage or f"sqlite:///{(folder / 'study.db').absolute()}",
-                direction=self.options.direction,
-                load_if_exists=True,
-            )
             # A sampler that starts from the same seed again would repeat its first trials.
             study.sampler = optuna.samplers.TPESampler(seed=self.options.seed + len(study.trials))
             cut = [
@@ -78,8 +77,8 @@ class Optuna(sweeper.Sweeper):
             ]  # by the end of an earlier start
             while (todo := self.options.n_trials - len(study.trials) + len(cut)) > 0:
                 batch, cut = cut[: self.options.n_jobs], cut[self.options.n_jobs :]
-                asked = [study.ask(space) for _ in range(min(todo, self.options.n_jobs) - len(batch))]
-                batch += [(trial.number, trial.params) for trial in asked]
+                new = [study.ask(space) for _ in range(min(todo, self.options.n_jobs) - len(batch))]
+                batch += [(trial.number, trial.params) for trial in new]
                 jobs = [[*fixed, *(f"{key}={params[key]}" for key in space)] for _, params in batch]
                 for (number, _), job in zip(batch, self.runner.launch(jobs, batch[0][0]), strict=True):
                     good = job.return_value is not None and math.isfinite(job.return_value)
@@ -93,10 +92,35 @@ class Optuna(sweeper.Sweeper):
                 return None  # the messages of the jobs say more
             raise NecoError(f"hydra/sweeper=optuna: no trial of task={self.cfg.task} gave a number to go by")
         overrides = [f"{key}={study.best_params[key]}" for key in space]
-        best = {"value": study.best_value, "overrides": overrides, "folder": str(folder / name(overrides, {*space}))}
+        place = folder / name([*fixed, *overrides], self.runner.changing)
+        best = {"value": study.best_value, "overrides": overrides, "folder": str(place)}
         write(folder / "best.yaml", yaml.safe_dump(best, sort_keys=False))
         say(f"best of {len(study.trials)} trials: {best['value']:.4f} with {' '.join(overrides)}, in {best['folder']}")
         return float(study.best_value)
+
+    def study(self, folder: Path, asked: dict[str, Any]) -> Any:
+        """The one in the storage, or a new one. Raises NecoError where that asks something else, or cannot be read."""
+        import optuna
+
+        file = folder / "study.db"
+        what = "hydra.sweeper.storage" if self.options.storage else str(file)
+        try:
+            study = optuna.create_study(
+                study_name="neco",
+                storage=self.options.storage or f"sqlite:///{file.absolute()}",
+                direction=self.options.direction,  # of a new one
+                load_if_exists=True,
+            )
+        except Exception as error:  # of Optuna, SQLAlchemy and any driver
+            told = str(error).strip().partition("\n")[0]
+            raise NecoError(f"{what}: cannot be opened as a study of Optuna: {told}") from error
+        held = {"direction": study.direction.name.lower(), **study.user_attrs}
+        if differ := [key for key, value in asked.items() if held.get(key, value) != value]:
+            told = "; ".join(f"{key} was {held[key]}, is {asked[key]}" for key in differ)
+            raise NecoError(f"{what} holds another search ({told}): change run_dir or the storage")
+        for key, value in asked.items():
+            study.set_user_attr(key, value)
+        return study
 
 
 def distribution(override: Override) -> Any:

@@ -254,6 +254,30 @@ def test_search(inside, tmp_path):
     assert len(values) == len({*values}) == 6, "and with others than before"
 
 
+def test_a_search_goes_on_only_as_the_same_one(inside, tmp_path):
+    pytest.importorskip("optuna", reason="runs where optuna is installed")
+    jobs = ["hydra/sweeper=optuna", *EVAL[:-1], "seed=0,1", "hydra.sweeper.n_trials=1"]
+    jobs += [
+        f"hydra.sweeper.storage='sqlite:///{tmp_path}/s.db'",
+        "+hydra.sweeper.params={eval.overcluster.iterations:20}",
+    ]
+    assert inside(*jobs, "run_dir=out")[0] == 0
+    assert (tmp_path / yaml.safe_load((tmp_path / "out/best.yaml").read_text())["folder"] / "results.json").is_file()
+    for changed, message in (
+        (["run_dir=out", "hydra.sweeper.direction=minimize"], "direction was maximize, is minimize"),
+        (["run_dir=out", "dataset.seed=5"], "fixed was "),
+        (["run_dir=out", "dataset.seed=5,6"], "searched was ['seed'], is ['dataset.seed', 'seed']"),
+        (["run_dir=other"], f"run_dir was {tmp_path}/out, is {tmp_path}/other"),
+    ):
+        code, said = inside(*jobs, *changed)
+        assert code == 2 and f"hydra.sweeper.storage holds another search ({message}" in said
+    code, said = inside(*jobs, "run_dir=out", "debug=false", "hydra.sweeper.n_trials=2")
+    assert code == 0 and "best of 2 trials" in said
+    (tmp_path / "out/study.db").write_text("garbage" * 1000)
+    code, said = inside(*jobs, "run_dir=out", "hydra.sweeper.storage=null")
+    assert code == 2 and "out/study.db: cannot be opened as a study of Optuna: " in said and "SQL:" not in said
+
+
 def test_search_needs_optuna_and_something_to_search(inside, monkeypatch):
     code, said = inside("hydra/sweeper=optuna", *TINY)
     assert code == 2 and "nothing to search" in said
