@@ -47,9 +47,9 @@ def status(folder: Path) -> dict[str, Any]:
 def summary(folder: Path) -> str:
     """The table of all jobs in the folder; written there as summary.txt and .md, the numbers of each job as .csv.
 
-    A line for each network of the jobs that differ in the seed alone: mean and standard deviation. Where jobs have
-    several steps their number is the change from the first to the last, the first line says what was before. Jobs that
-    have not ended well are lines of their own.
+    A line for each network of the jobs that differ in the seed alone: mean and standard deviation. Where all of them
+    were evaluated at step 0, too, their number is the change since, and a line `before`, for all below it until the
+    next, says what was there. Jobs that have not ended well are lines of their own.
     """
     said = {path.parent: one for path in folder.glob(f"*/{STATUS}") if (one := status(path.parent))}
     jobs = sorted(said, key=lambda job: (said[job]["job"], job.name))
@@ -60,41 +60,44 @@ def summary(folder: Path) -> str:
         except NecoError as error:
             found[job], said[job] = [], {**said[job], "status": "damaged", "message": str(error)}
     done = [job for job in jobs if said[job]["status"] == "done"]
-    trained = any(len({r["step"] for r in found[job]}) > 1 for job in done)
     common = set.intersection(*(set(said[job]["overrides"]) for job in jobs)) if jobs else set()
-    before: list[dict[str, float]] = []
-    lines: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    lines: dict[tuple[str, str, str], list[tuple[dict[str, float], dict[str, float]]]] = {}
     table: list[dict[str, Any]] = []
     last: dict[str, Any]
     for job in jobs:
         own = [o for o in said[job]["overrides"] if o not in common]
         about = {"folder": job.name, "runs": " ".join(own), **{k: said[job].get(k) for k in ("status", "objective")}}
         for network in dict.fromkeys(r["network"] for r in found[job]) or [""]:
-            steps = [r["step"] for r in found[job]] or [0]
-            first, last = (_numbers(found[job], step, network) for step in (min(steps), max(steps)))
-            earlier = {f"{metric} before": value for metric, value in first.items()} if trained else {}
+            step = max((r["step"] for r in found[job]), default=0)
+            first, last = _numbers(found[job], 0, network) if step else {}, _numbers(found[job], step, network)
+            earlier = {f"{metric} before": value for metric, value in first.items()}
             table.append({**about, "network": network, **last, **earlier, "message": said[job].get("message", "")})
             if job not in done:
                 continue
-            if trained:
-                if first and first not in before:  # of student and teacher, and of runs with one seed, the same
-                    before.append(first)
-                last = {metric: value - first[metric] for metric, value in last.items() if metric in first}
-            elif not last and about["objective"] is not None:
+            if not last and about["objective"] is not None:
                 last = {"objective": about["objective"]}
             name = " ".join(o for o in own if not o.startswith("seed=")) or "all"
-            lines.setdefault((name, network, "done"), []).append(last)
+            lines.setdefault((name, network, "done"), []).append((first, last))
         if job not in done:
             lines[" ".join(own) or job.name, "", said[job]["status"]] = []
-    metrics = list(dict.fromkeys(metric for values in lines.values() for each in values for metric in each))
+    metrics = list(dict.fromkeys(metric for pairs in lines.values() for _, last in pairs for metric in last))
     rows = [["runs", "network", "status", *metrics]]
-    if trained:
-        rows.append(["before", "", "", *(_spread([v[m] for v in before if m in v]) for m in metrics)])
-    for label, values in lines.items():
+    before: list[dict[str, float]] = []
+    for label, pairs in lines.items():
+        firsts, values = [first for first, _ in pairs], [last for _, last in pairs]
+        if trained := bool(firsts) and all(firsts):
+            values = [
+                {metric: value - first[metric] for metric, value in last.items() if metric in first}
+                for first, last in pairs
+            ]
+            if firsts != before:  # of student and teacher, and of what changes only the training, the same
+                rows.append(["before", "", "", *(_spread([v[m] for v in firsts if m in v]) for m in metrics)])
+                before = firsts
         rows.append([*label, *(_spread([v[m] for v in values if m in v], "+" if trained else "") for m in metrics)])
     protocols = dict.fromkeys(f"protocol  {r['evaluation']}: {r['protocol']}" for job in done for r in found[job])
     damaged = (said[job]["message"] for job in jobs if said[job]["status"] == "damaged")
-    below = ["(n): runs, mean ± standard deviation", *protocols, *damaged]
+    signed = "; with a sign: the change since step 0, `before`, of the lines below that" if before else ""
+    below = [f"(n): runs, mean ± standard deviation{signed}", *protocols, *damaged]
     text, sheet = "\n".join([columns(rows), *below]) if jobs else f"(no jobs in {folder})", io.StringIO()
     writer = csv.DictWriter(sheet, dict.fromkeys(key for row in table for key in row), restval="", lineterminator="\n")
     writer.writeheader()

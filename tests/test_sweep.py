@@ -40,9 +40,10 @@ def test_summary_is_mean_and_deviation_over_seeds(tmp_path):
     run(tmp_path, "b0", ["loss=b", "seed=0"], 0.25, 0.125)
     run(tmp_path, "b1", ["loss=b", "seed=1"], 0.25, status="queued")
     lines = [line.split("  ") for line in summary(tmp_path).splitlines()]
+    before = [line[-1].strip() for line in lines if line[0] == "before"]
     found = {line[0].strip(): line[-1].strip() for line in lines}
     assert found["loss=a"] == "+0.3750 ± 0.1768 (2)" and found["loss=b"] == "-0.1250 (1)"
-    assert found["before"] == "0.3750 ± 0.1768 (2)" and "retrieval/miou" in found["runs"]
+    assert before == ["0.3750 ± 0.1768 (2)", "0.2500 (1)"] and "retrieval/miou" in found["runs"]
     assert found["loss=b seed=1"] == "queued"
     assert "| loss=a | student | done | +0.3750 ± 0.1768 (2) |" in (tmp_path / "summary.md").read_text()
     with (tmp_path / "summary.csv").open(newline="") as file:
@@ -57,6 +58,28 @@ def test_summary_of_runs_with_one_step_is_their_number(tmp_path):
     said = summary(tmp_path)
     assert "model=x  student  done    0.2500 (1)" in said and "before" not in said and "sweep=loss" not in said
     assert "no jobs" in summary(tmp_path / "0")
+
+
+def test_before_is_of_the_same_runs_once_and_of_step_0_alone(tmp_path):
+    for data, number in (("x", 0.25), ("y", 0.5)):
+        for loss in ("a", "b"):
+            for seed in range(3):
+                run(tmp_path, f"{data}{loss}{seed}", [f"dataset={data}", f"loss={loss}", f"seed={seed}"], number, 0.75)
+    rows = [line for line in summary(tmp_path).splitlines() if line.startswith(("before", "dataset="))]
+    assert [row.split()[0] for row in rows] == [
+        *["before", "dataset=x", "dataset=x"],
+        *["before", "dataset=y", "dataset=y"],
+    ]
+    assert [row.split("  ")[-1].strip() for row in rows[::3]] == ["0.2500 ± 0.0000 (3)", "0.5000 ± 0.0000 (3)"]
+    later = tmp_path / "later"
+    later.mkdir()
+    run(later, "0", ["seed=0"], 0.25, 0.5, 0.75)
+    run(later, "1", ["seed=1"], 0.25, 0.5, 1.0)
+    for path in later.glob("*/results.json"):  # task=finetune has none before it trains
+        path.write_text(json.dumps(json.loads(path.read_text())[1:]))
+    said = summary(later)
+    assert "before" not in said and "0.8750 ± 0.1768 (2)" in said and "+" not in said
+    assert "before" not in (later / "summary.csv").read_text()
 
 
 def test_summary_of_damaged_files_and_numbers_that_are_none(tmp_path, capsys):
