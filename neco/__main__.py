@@ -101,6 +101,7 @@ def run(cfg: Any) -> float | None:
     from neco.launch import again, told
 
     startup.begin()
+    logging.raiseExceptions = False  # else each line for a log on a full disk is a traceback
     hydra = HydraConfig.get()
     overrides = told(hydra)
     output = Path(hydra.runtime.output_dir)
@@ -219,7 +220,7 @@ def main() -> None:
             for path in config.user_folders():
                 search_path.append("neco-user", f"options://{path}")
 
-    from neco import launch, search
+    from neco import launch, search, sweep
 
     SourcesRegistry.instance().register(Options)
     for plugin in (UserFolders, launch.Launcher, search.Optuna):
@@ -229,6 +230,7 @@ def main() -> None:
     if any(a.startswith(tuple(f"{group}=" for group in HYDRA)) for a in arguments) and not MODES & set(arguments):
         sys.argv.append("-m")  # else Hydra would leave them out
     launch.failed.clear()
+    sweep.unwritten.clear()
     debug = "debug=true" in arguments or bool(os.environ.get("NECO_DEBUG"))
     try:
         version = {} if hydra.__version__ >= "1.4" else {"version_base": "1.3"}
@@ -238,8 +240,8 @@ def main() -> None:
             raise NecoError(
                 f"jobs that did not end well: {len(failed)}. {launch.again(arguments, failed[0][0])}\n{told}"
             )
-        if failure:
-            raise failure
+        for error in (*sweep.unwritten, *([failure] if failure else [])):
+            raise error
     except Exception as error:
         process = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
         who = f"error (process {process})" if process != "0" else "error"

@@ -14,6 +14,7 @@ import submitit
 from annotated_types import Le
 from submitit.core.utils import UncompletedJobError
 
+from neco import files
 from neco.errors import NecoError
 from neco.values import NonNegative, Positive, PositiveFloat
 
@@ -58,8 +59,12 @@ class Local:
             executor.update_parameters(stderr_to_stdout=True, **job.options.parameters(job))
             # A terminal sends Ctrl-C to all its processes; these are told by `stop`, and once.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            running[job] = executor.submit(job)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            try:
+                running[job] = executor.submit(job)
+            except OSError as error:  # a full disk; the jobs that run go on
+                job.note("failed", message=str(files.refused(folder, error)))
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def ended(self, started: Any, status: str | None) -> bool:
         """Whether a job is over, which says `status` itself."""

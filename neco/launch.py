@@ -96,8 +96,11 @@ class Job:
         job = {"job": hydra.job.num, "overrides": told(hydra), "config": self.digest}
         self.said = {"status": how, **said, **job}
         if status(self.folder).get("status") != "failed" if how == "failed" else leads():
-            self.folder.mkdir(parents=True, exist_ok=True)  # where nothing was begun it is not there any more
-            write(self.folder / STATUS, json.dumps(self.said, indent=1) + "\n")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)  # where nothing was begun it is not there any more
+                write(self.folder / STATUS, json.dumps(self.said, indent=1) + "\n")
+            except (NecoError, OSError) as error:  # the others may do without, and the end of the sweep tells it
+                say(f"{how:<12} {self.folder}, which could not be noted there: {error}")
 
     def run(self, task: Callable[[Any], Any]) -> None:
         """The job in this process."""
@@ -111,7 +114,10 @@ class Job:
                 logging.getLogger("neco").error("error: %s", error if expected else traceback.format_exc())
 
         context = HydraContext(config_loader=None, callbacks=Callbacks())  # type: ignore[arg-type]
-        _ = run_job(kept, self.config, "hydra.sweep.dir", "hydra.sweep.subdir", context).return_value
+        try:
+            _ = run_job(kept, self.config, "hydra.sweep.dir", "hydra.sweep.subdir", context).return_value
+        except (OSError, ValueError) as error:  # Hydra makes the folder and its log
+            self.note("failed", message=f"{self.folder}: {error.__cause__ or error}")
 
     def __call__(self) -> None:
         from neco.__main__ import job

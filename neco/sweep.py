@@ -16,6 +16,7 @@ from neco.errors import NecoError
 from neco.results import Results, columns, markdown, write
 
 STATUS = "status.json"  # of a job: how it ended, its objective or message, its overrides, a digest of its configuration
+unwritten: list[NecoError] = []  # Hydra makes a warning of what a callback raises
 
 
 class Summary(Callback):
@@ -26,7 +27,9 @@ class Summary(Callback):
         if os.environ.get("RANK", "0") != "0":  # of torchrun
             return
         if [*folder.glob(f"*/{STATUS}")] and not config.get("launcher", {}).get("detach"):
-            print(f"\n{summary(folder)}\n\nwrote  {folder / 'summary.txt'}, .md, .csv")
+            print(f"\n{summary(folder)}\n")
+            if not unwritten:
+                print(f"wrote  {folder / 'summary.txt'}, .md, .csv")
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -103,8 +106,11 @@ def summary(folder: Path) -> str:
     writer.writeheader()
     writer.writerows(table)
     page = "\n".join([markdown(rows), *(f"- {line}" for line in below), ""])
-    for name, content in (("txt", f"{text}\n"), ("md", page), ("csv", sheet.getvalue())):
-        write(folder / f"summary.{name}", content)
+    try:
+        for name, content in (("txt", f"{text}\n"), ("md", page), ("csv", sheet.getvalue())):
+            write(folder / f"summary.{name}", content)
+    except NecoError as error:
+        unwritten.append(error)
     return text
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -195,6 +196,29 @@ def test_one_that_fails_does_not_end_the_others_and_those_done_are_left_out(insi
     assert code == 2 and "done before" not in said and "train.steps: 2 -> 3" in said
     code, said = inside(*again, "sweep.skip_done=false")
     assert code == 0 and "done before" not in said and said.count("all 2 steps are done") == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted as root")
+@pytest.mark.parametrize("launcher", ("sequential", "local"))
+def test_a_full_disk_ends_jobs_but_not_the_sweep(inside, tmp_path, launcher):
+    (tmp_path / "out").mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32k", "none", tmp_path / "out"], capture_output=True
+    ).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        code, said = inside("-m", f"hydra/launcher={launcher}", *EVAL, "seed=0,1,2,3")
+    finally:
+        subprocess.run(["umount", tmp_path / "out"], check=True)
+    assert code == 2 and "jobs that did not end well: " in said and "To go on: python -m neco -m" in said
+    assert "out/seed-3: failed: " in said and "No space left" in said
+    assert ("runs  " in said or launcher == "local") and "Logging error" not in said and "Traceback" not in said
+
+
+def test_a_table_that_cannot_be_written_is_printed_and_an_error(inside, tmp_path):
+    (tmp_path / "out/summary.txt").mkdir(parents=True)
+    code, said = inside("-m", *EVAL, "seed=0,1")
+    assert code == 2 and "error: cannot write out/summary.txt: Is a directory" in said and "(n): runs" in said
 
 
 def test_a_fault_of_the_program_in_a_job_is_told_with_its_traceback(inside, tmp_path, monkeypatch):
