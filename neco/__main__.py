@@ -187,6 +187,19 @@ def explain(error: Exception, overrides: list[str]) -> str:
     return text.strip()
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Signals end the program with a message, from its first second on and between jobs."""
+    try:
+        with interrupt.handled():
+            yield
+    except (KeyboardInterrupt, interrupt.Interrupted) as stop:
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+            print(str(stop) or "interrupted (SIGINT)", file=sys.stderr)
+        raise SystemExit(getattr(stop, "code", 130)) from None
+
+
+@stoppable()
 def main() -> None:
     """Entry: exit code 0, 1 for a fault of the program (with traceback), 2 for what the user can put right."""
     arguments = sys.argv[1:]
@@ -260,10 +273,6 @@ def main() -> None:
         message = str(error) if isinstance(error, NecoError) else explain(error, arguments)
         print(f"{who}: {message}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (KeyboardInterrupt, interrupt.Interrupted) as stop:
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-            print(str(stop) or "interrupted (SIGINT)", file=sys.stderr)
-        raise SystemExit(getattr(stop, "code", 130)) from None
 
 
 if __name__ == "__main__":

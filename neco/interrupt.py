@@ -4,13 +4,16 @@ Ctrl-C, SIGTERM, and SIGUSR2, by which SLURM and submitit say that a job's time 
 """
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+PR_SET_PDEATHSIG = 1
 GRACE = 30  # seconds that a data worker goes on after a SIGTERM, which may be meant for its parent
 
 
@@ -55,6 +58,7 @@ def handled() -> Iterator[None]:
     try:
         yield
     finally:
+        _waits = _held = False
         if threading.current_thread() is threading.main_thread():
             for number, handler in zip(SIGNALS, before, strict=True):
                 signal.signal(number, handler)
@@ -84,6 +88,14 @@ def held() -> Iterator[None]:
     finally:
         _held = False
     check()
+
+
+def with_parent() -> None:
+    """Get a SIGTERM when the parent ends, however it does. Only Linux has that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == 1:  # it already has
+            raise Interrupted(signal.SIGTERM)
 
 
 def ignore(worker: int) -> None:

@@ -136,7 +136,10 @@ class Job:
         setup_globals()
         self.note("running", id=here.job_id)
         try:
-            self.run(job)
+            with interrupt.handled():
+                if os.environ["SUBMITIT_EXECUTOR"] == "local":
+                    interrupt.with_parent()  # submitit's process, which sees the time and ends the others
+                self.run(job)
             if self.said["status"] == "failed":
                 raise SystemExit(1)  # SLURM ends the other processes
         except interrupt.Interrupted as stop:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -66,3 +67,31 @@ def test_a_worker_outlives_a_signal_for_a_while(monkeypatch):
     time.sleep(0.2)
     assert os.waitpid(child, os.WNOHANG) == (0, 0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGALRM
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process that its parent has ended")
+def test_a_process_ends_with_its_parent_even_when_that_is_killed():
+    ends, begun = os.pipe(), os.pipe()
+    parent = os.fork()
+    if not parent:
+        if not os.fork():
+            interrupt.with_parent()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.write(begun[1], b"!")
+            time.sleep(20)
+            os.write(ends[1], b"still there")
+            os._exit(0)
+        time.sleep(60)
+        os._exit(0)
+    os.close(ends[1])
+    assert os.read(begun[0], 1) == b"!"
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert os.read(ends[0], 20) == b"", "its end of the pipe is closed"
+
+
+def test_a_signal_before_the_job_is_told(inside, monkeypatch):
+    import hydra
+
+    monkeypatch.setattr(hydra, "main", lambda **about: lambda job: send)
+    assert inside("-m", "seed=0,1") == (143, "stopped (SIGTERM)\n")

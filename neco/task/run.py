@@ -214,7 +214,7 @@ class Run:
                     "stopped at step %d: %s evaluations without a better %s", done, options.patience, options.monitor
                 )
         else:
-            log.info("all %d steps are done", done)
+            log.info("all %d steps are done; another run_dir trains again", done)
             devices.join()
             module.load_state_dict(sources.contents(self.resume)["state_dict"])  # type: ignore[arg-type]
         module.to(device)
