@@ -358,6 +358,8 @@ class Launcher(launcher.Launcher):
                 if not status(job.folder):  # it may be over by now
                     job.note("queued", id=number)
                 say(f"queued       {job.folder}: {number}")
+            else:
+                say(f"started      {job.folder}: what it says is in its output_0.txt")
 
     def wait(self, running: dict[Job, Any]) -> None:
         """For a second; take out those that have ended, and say how."""

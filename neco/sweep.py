@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from neco.errors import NecoError
 from neco.results import Results, columns, markdown, write
 
 STATUS = "status.json"  # of a job: how it ended, its objective or message, its overrides, a digest of its configuration
+# Keys that make no other job: where it runs and what it shows
+IDLE = re.compile(r"run_dir|show|report|device|debug|cache_dir|data_root|(hydra|extract|launcher|logger|sweep).*")
 unwritten: list[NecoError] = []  # Hydra makes a warning of what a callback raises
 
 
@@ -68,7 +71,7 @@ def summary(folder: Path) -> str:
     table: list[dict[str, Any]] = []
     last: dict[str, Any]
     for job in jobs:
-        own = [o for o in said[job]["overrides"] if o not in common]
+        own = [o for o in said[job]["overrides"] if o not in common and not IDLE.fullmatch(o.partition("=")[0])]
         about = {"folder": job.name, "runs": " ".join(own), **{k: said[job].get(k) for k in ("status", "objective")}}
         for network in dict.fromkeys(r["network"] for r in found[job]) or [""]:
             step = max((r["step"] for r in found[job]), default=0)

@@ -150,11 +150,13 @@ def test_a_number_that_is_none_is_said_of_its_seeds(tmp_path: Path) -> None:
 def test_what_has_not_ended_is_no_result(tmp_path: Path) -> None:
     for name in ("a", "b", "c", "d"):
         made(tmp_path / name, {"optim.lr": name, "launcher.detach": name}, {"miou": 0.5})
-    (tmp_path / "b/status.json").write_text(json.dumps({"status": "failed", "message": "loss is no number\nmore"}))
+    job = {"job": 0, "overrides": []}
+    failed = {"status": "failed", "message": "loss is no number\nmore", **job}
+    (tmp_path / "b/status.json").write_text(json.dumps(failed))
     held = json.loads((tmp_path / "c/results.json").read_text())
     (tmp_path / "c/results.json").write_text(json.dumps([record for record in held if not record["step"]]))
     (tmp_path / "d/results.json").unlink()
-    (tmp_path / "d/status.json").write_text(json.dumps({"status": "queued"}))
+    (tmp_path / "d/status.json").write_text(json.dumps({"status": "queued", **job}))
     runs = [collect.read(path) for path in collect.find([str(tmp_path)])]
     left = [["b", "failed: loss is no number"], ["c", "only its start was evaluated"], ["d", "queued"]]
     assert tables.unfinished(runs).rows == left

@@ -37,7 +37,7 @@ def run(folder, name, overrides, *numbers, status="done"):
 
 def test_summary_is_mean_and_deviation_over_seeds(tmp_path):
     run(tmp_path, "a0", ["loss=a", "seed=0"], 0.25, 0.9, 0.5)
-    run(tmp_path, "a1", ["loss=a", "seed=1"], 0.5, 0.9, 1.0)
+    run(tmp_path, "a1", ["loss=a", "seed=1", "launcher.detach=true"], 0.5, 0.9, 1.0)
     run(tmp_path, "b0", ["loss=b", "seed=0"], 0.25, 0.125)
     run(tmp_path, "b1", ["loss=b", "seed=1"], 0.25, status="queued")
     lines = [line.split("  ") for line in summary(tmp_path).splitlines()]

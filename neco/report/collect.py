@@ -23,7 +23,7 @@ from neco.report import gallery, published
 from neco.report.gallery import Gallery
 from neco.report.published import Published
 from neco.results import Results, spread
-from neco.sweep import STATUS, status
+from neco.sweep import IDLE, STATUS, status
 
 Point = tuple[float, float, float, int]  # x, mean, standard deviation, how many
 
@@ -234,13 +234,10 @@ class Plot:
     categories: list[str]
 
 
-IDLE = re.compile(r"run_dir|seed|show|report|device|debug|cache_dir|data_root|sweep|(hydra|extract|launcher|logger).*")
-
-
 def differing(runs: Sequence[Run], seeds: bool = False) -> dict[str, list[str]]:
     """The keys that runs were told different values of, and the value of each run; with or without `seed`."""
     told = dict.fromkeys(key for run in runs for key in run.overrides)
-    keys = [key for key in told if not IDLE.fullmatch(key) or (seeds and key == "seed")]
+    keys = [key for key in told if not IDLE.fullmatch(key) and (seeds or key != "seed")]
     said = {key: [run.setting(key) for run in runs] for key in keys}
     return {key: values for key, values in said.items() if len({*values}) > 1}
 
