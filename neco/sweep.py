@@ -33,6 +33,10 @@ class Summary(Callback):
             print(f"\n{summary(folder)}\n")
             if not unwritten:
                 print(f"wrote  {folder / 'summary.txt'}, .md, .csv")
+            if config.get("report") and [*folder.glob("*/results.json")]:
+                from neco import report  # takes a second, which the start of the program needs not
+
+                report.of_sweep(folder)
 
 
 def status(folder: Path) -> dict[str, Any]:

@@ -270,6 +270,15 @@ def test_a_run_is_one_however_it_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert collect.find(["a[1]/k=*"]) == [odd.relative_to(tmp_path)], "no pattern where it is a name"
 
 
+def test_a_page_of_a_sweep_that_cannot_be_is_a_warning(tmp_path: Path, caplog) -> None:
+    report.of_sweep(tmp_path)
+    assert "no report: NecoError" in caplog.text and not (tmp_path / "report.html").exists()
+    for i in (1, 2):
+        made(tmp_path / str(i), {"loss": "a" * i}, {"miou": 0.5}, i)
+    report.of_sweep(tmp_path)
+    assert "2: loss=aa" in (tmp_path / "report.html").read_text()
+
+
 @pytest.fixture(scope="module")
 def port():
     with driver() as found:

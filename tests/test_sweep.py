@@ -118,6 +118,8 @@ def test_a_sweep_is_its_runs_and_a_table(inside, tmp_path):
     whole = said[said.index("runs  ") :].splitlines()[:9]
     assert whole[7].startswith("(n): runs") and whole[8].startswith("protocol  overcluster: overcluster/standard/")
     assert (tmp_path / "out/summary.txt").read_text().splitlines() == whole
+    page = (tmp_path / "out/report.html").read_text()
+    assert "report      out/report.html" in said and "2 runs" in page and "seed-3+loss-cosine" in page
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Reports of runs: collect.py reads them, tables.py and charts.py say it; a writer for each kind of file."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from neco import devices
+from neco.errors import NecoError
 from neco.report import collect, html, latex, markdown, tables
 from neco.results import write as write_text
 
@@ -37,10 +38,33 @@ def write(runs: Sequence[collect.Run], folder: Path, formats: Iterable[str]) -> 
     return written
 
 
+def read(paths: Sequence[Path]) -> list[collect.Run]:
+    """The runs of these folders; what is damaged is left out with a warning. Raises NecoError where none is left."""
+    runs = []
+    for path, label in zip(paths, collect.labels(paths), strict=True):
+        try:
+            runs.append(collect.read(path, label))
+        except NecoError as error:
+            log.warning("left out    %s", error)
+    if not any(run.numbers for run in runs):
+        left = "".join(f"; {run.label} {run.unfinished}" for run in runs[:3] if run.unfinished)
+        raise NecoError(f"none of {len(paths)} runs has a number that can be read{left or '; see above'}")
+    return collect.told_apart(runs)
+
+
 def of_run(folder: Path) -> None:
     """End a run with its page. What goes wrong here is a warning: the run is done."""
+    _end(folder, lambda: [collect.read(folder)])
+
+
+def of_sweep(folder: Path) -> None:
+    """End a sweep with the page of all its jobs, as `of_run`."""
+    _end(folder, lambda: read(collect.find([str(folder)])))
+
+
+def _end(folder: Path, runs: Callable[[], list[collect.Run]]) -> None:
     if devices.leader():
         try:
-            log.info("report      %s", *write([collect.read(folder)], folder, ["html"]))
+            log.info("report      %s", *write(runs(), folder, ["html"]))
         except Exception as error:
             log.warning("no report: %s: %s", type(error).__name__, error)

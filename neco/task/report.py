@@ -6,7 +6,6 @@ from pathlib import Path
 
 from neco import report
 from neco.config import Settings
-from neco.errors import NecoError
 from neco.report import collect, tables
 from neco.results import columns
 
@@ -27,17 +26,9 @@ def prepare(settings: Settings) -> Job:
 
 def main(settings: Settings, job: Job, output: Path) -> None:
     """Print the numbers, write the report. Raises NecoError where no run can be read."""
-    runs = []
-    for path, label in zip(job.runs, collect.labels(job.runs), strict=True):
-        try:
-            runs.append(collect.read(path, label))
-        except NecoError as error:
-            log.warning("left out    %s", error)
-    runs = collect.told_apart(runs)
+    runs = report.read(job.runs)
     if (left := tables.unfinished(runs)).rows:
         log.info("\n%s\n", columns([left.head, *left.rows]))
-    if not any(run.numbers for run in runs):
-        raise NecoError(f"none of {len(job.runs)} runs has a number that can be read; see above")
     table = tables.headline(runs)
     log.info("\n%s\n\n%s\n", columns([table.head, *table.rows]), "\n".join(table.notes))
     for path in report.write(runs, output, settings.run.formats):
