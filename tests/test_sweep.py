@@ -119,7 +119,7 @@ def test_a_sweep_is_its_runs_and_a_table(inside, tmp_path):
     assert whole[7].startswith("(n): runs") and whole[8].startswith("protocol  overcluster: overcluster/standard/")
     assert (tmp_path / "out/summary.txt").read_text().splitlines() == whole
     page = (tmp_path / "out/report.html").read_text()
-    assert "report      out/report.html" in said and "2 runs" in page and "seed-3+loss-cosine" in page
+    assert "\nreport out/report.html" in said and "2 runs" in page and "seed-3+loss-cosine" in page
 
 
 @pytest.mark.parametrize(

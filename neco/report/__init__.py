@@ -54,17 +54,20 @@ def read(paths: Sequence[Path]) -> list[collect.Run]:
 
 def of_run(folder: Path) -> None:
     """End a run with its page. What goes wrong here is a warning: the run is done."""
-    _end(folder, lambda: [collect.read(folder)])
+    if page := _page(folder, lambda: [collect.read(folder)]):
+        log.info("report      %s", page)
 
 
 def of_sweep(folder: Path) -> None:
-    """End a sweep with the page of all its jobs, as `of_run`."""
-    _end(folder, lambda: read(collect.find([str(folder)])))
+    """End a sweep with the page of all its jobs, as `of_run`; printed, as what is logged is of jobs."""
+    if page := _page(folder, lambda: read(collect.find([str(folder)]))):
+        print(f"report {page}")
 
 
-def _end(folder: Path, runs: Callable[[], list[collect.Run]]) -> None:
+def _page(folder: Path, runs: Callable[[], list[collect.Run]]) -> Path | None:
     if devices.leader():
         try:
-            log.info("report      %s", *write(runs(), folder, ["html"]))
+            return write(runs(), folder, ["html"])[0]
         except Exception as error:
             log.warning("no report: %s: %s", type(error).__name__, error)
+    return None
