@@ -58,7 +58,7 @@ def handled() -> Iterator[None]:
     try:
         yield
     finally:
-        _waits = _held = False
+        asked, _waits, _held = None, False, False
         if threading.current_thread() is threading.main_thread():
             for number, handler in zip(SIGNALS, before, strict=True):
                 signal.signal(number, handler)

@@ -96,7 +96,7 @@ STAYS = {  # ... and that does not
     "wait_minutes": 5.0,
     "log_steps": 3,
 }
-ELSEWHERE = {"accumulate", "devices", "nodes", "checkpoint_activations"}  # the same but for rounding
+ELSEWHERE = {"accumulate", "devices", "nodes", "checkpoint_activations", "deterministic"}  # the same but for rounding
 
 
 def test_every_key_does_what_it_says_and_no_other_exists(finetune, monkeypatch):
