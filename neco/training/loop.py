@@ -248,7 +248,7 @@ class Loop(pl.Callback):
             used += f", gpu {memory.current(module.device) / memory.GB:.1f} GB"
         text = "  ".join([
             f"epoch {self.plan.epoch(step):.2f}/{self.plan.epoch(self.plan.steps):.4g}",
-            *(f"{name} {values[name]:.4f}" for name in module.shown if name in values),
+            *(f"{name} {values[name]:.3f}" for name in module.shown if name in values),
             f"{speed['images_per_second']:.1f} images/s",
             f"data wait {speed['data_wait']:.0%}",
             used,
