@@ -3,10 +3,8 @@
 import csv
 import io
 import json
-import math
 import os
 import re
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 
 from neco.errors import NecoError
-from neco.results import Results, columns, markdown, write
+from neco.results import Results, columns, markdown, spread, write
 
 STATUS = "status.json"  # of a job: how it ended, its objective or message, its overrides, a digest of its configuration
 # Keys that make no other job: where it runs and what it shows
@@ -129,6 +127,5 @@ def _numbers(records: list[dict[str, Any]], step: int, network: str) -> dict[str
 def _spread(values: list[float], sign: str = "") -> str:
     if not values:
         return ""
-    finite = all(map(math.isfinite, values))  # statistics.stdev takes no others
-    deviation = f" ± {statistics.stdev(values) if finite else math.nan:.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.4f}{deviation} ({len(values)})"
+    mean, deviation = spread(values)
+    return f"{mean:{sign}.4f}{f' ± {deviation:.4f}' if len(values) > 1 else ''} ({len(values)})"
