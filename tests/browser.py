@@ -84,7 +84,7 @@ class Browser:
 def driver() -> Iterator[int]:
     """The port of a running chromedriver; skips the test where there is none."""
     if not (program := shutil.which("chromedriver")) or not (shutil.which("chromium") or shutil.which("google-chrome")):
-        pytest.skip("needs chromium and chromedriver")
+        pytest.skip("runs where chromium and chromedriver are, as in CI")
     process = subprocess.Popen([program, "--port=0"], stdout=subprocess.PIPE, text=True)
     try:
         line = next(line for line in process.stdout if "successfully" in line)  # type: ignore[union-attr]

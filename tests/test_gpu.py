@@ -18,7 +18,7 @@ from neco.loss.relaxation import choose
 from neco.training import compiled
 from neco.training.module import PostTraining
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a machine with a GPU")
 GPU = torch.device("cuda")
 
 

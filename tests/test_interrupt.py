@@ -69,7 +69,9 @@ def test_a_worker_outlives_a_signal_for_a_while(monkeypatch):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGALRM
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process that its parent has ended")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="runs on Linux, which alone tells a process that its parent has ended"
+)
 def test_a_process_ends_with_its_parent_even_when_that_is_killed():
     ends, begun = os.pipe(), os.pipe()
     parent = os.fork()

@@ -97,7 +97,7 @@ def test_compiles_for_a_gpu_that_is_not_here(tmp_path: Path, network: str, n: in
         assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
         cuobjdump = triton.knobs.nvidia.cuobjdump.path
     except RuntimeError as error:
-        pytest.skip(f"Triton has no assembler here: {error}")
+        pytest.skip(f"runs where Triton has an assembler: {error}")
     (cubin := tmp_path / "kernel.cubin").write_bytes(assembly["cubin"])
     used = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     # The interpreter does not see it: both permutations have to go through the loop over the two sides

@@ -6,7 +6,7 @@ from torch import nn
 
 from neco.model.linear import Linear, Patches, available, hasten
 
-pytestmark = pytest.mark.skipif(not available(), reason="torch's own is used on this CPU")
+pytestmark = pytest.mark.skipif(not available(), reason="runs on CPUs with AVX-512; elsewhere torch's own is used")
 
 
 def layers(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:

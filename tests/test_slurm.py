@@ -16,8 +16,10 @@ NODE = ROOT / "scripts/slurm_node.sh"
 missing = [command for command in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(command)]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)} here: scripts/slurm_node.sh install"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="SLURM is started as root"),
+    pytest.mark.skipif(
+        bool(missing), reason=f"runs where {', '.join(missing)} are, as in CI: scripts/slurm_node.sh install"
+    ),
+    pytest.mark.skipif(os.geteuid() != 0, reason="runs as root, who starts SLURM"),
 ]
 
 # SLURM looks at the time each half minute, and signals up to a minute early: jobs of slow steps outlive that.

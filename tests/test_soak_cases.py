@@ -10,7 +10,7 @@ from conftest import ROOT
 
 TRIALS = [
     pytest.param(trial, id=f"{topic}-{trial.name}", marks=[pytest.mark.slow] * (topic in ("configs", "numbers")))
-    for topic in ("inputs", "configs", "weights", "numbers")
+    for topic in ("inputs", "hostile", "configs", "weights", "numbers")
     for trial in soak.trials(topic)
 ]
 

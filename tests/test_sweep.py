@@ -204,14 +204,14 @@ def test_one_that_fails_does_not_end_the_others_and_those_done_are_left_out(insi
     )
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted as root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="runs as root, who can mount a small disk")
 @pytest.mark.parametrize("launcher", ("sequential", "local"))
 def test_a_full_disk_ends_jobs_but_not_the_sweep(inside, tmp_path, launcher):
     (tmp_path / "out").mkdir()
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path / "out"], capture_output=True
     ).returncode:
-        pytest.skip("no disk can be mounted here")
+        pytest.skip("runs where a tmpfs can be mounted")
     try:
         code, said = inside("-m", f"hydra/launcher={launcher}", *EVAL, "seed=0,1,2,3")
     finally:

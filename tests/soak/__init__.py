@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-TOPICS = ["kills", "disk", "processes", "determinism", "long", "inputs", "configs", "weights", "numbers"]
+TOPICS = ["kills", "disk", "processes", "determinism", "long", "inputs", "hostile", "configs", "weights", "numbers"]
 
 
 class Outcome(NamedTuple):

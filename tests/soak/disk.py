@@ -35,7 +35,7 @@ def small(folder: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "soak", folder], capture_output=True, text=True
     )
     if made.returncode:
-        pytest.skip(f"a tmpfs is wanted: {made.stderr.strip()}")
+        pytest.skip(f"runs where a tmpfs can be mounted: {made.stderr.strip()}")
     try:
         yield folder
     finally:
