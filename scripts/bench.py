@@ -23,7 +23,7 @@ import torch
 from neco.results import git_revision, versions, write
 
 HERE = Path(__file__).parent
-END_TO_END = "bench_data.py wait --images 4000 --batch 64 --steps 120 --workers 8 16 --override augment.global_size=518"
+END_TO_END = "bench_data.py wait --images 4000 --batch 64 --steps 64 --workers 16 --override augment.global_size=518"
 # page: (what it shows, commands)
 CPU = {
     "step": (
@@ -41,8 +41,14 @@ CPU = {
     "options": ("What training options cost", ["bench_train.py"]),
 }
 GPU = {
-    "step": (CPU["step"][0], ["bench_step.py --size 518 --batch 64 --profile"]),
-    "loss": (CPU["loss"][0], ["bench_loss.py --device cuda --batch 64 --pairs 10 --n 49 64 128 256"]),
+    "step": (
+        CPU["step"][0],
+        [
+            "bench_step.py --size 518 --batch 64 --profile",
+            "bench_step.py --size 518 --batch 32 --profile --model dinov2r_vitb14",
+        ],
+    ),
+    "loss": (CPU["loss"][0], ["bench_loss.py --network bitonic --repeat 3"]),
     "options": (CPU["options"][0], ["bench_train.py --batch 64 --size 518"]),
     "train": (
         "Training end to end, JPEG decoding included",

@@ -128,7 +128,8 @@ def wait(folder: Path, options: argparse.Namespace) -> None:
         run = folder / f"run{workers}"
         command = [
             sys.executable, "-m", "neco", "task=train", "model=tiny", "weights=none", "dataset=folder",
-            f"dataset.root={folder / 'photos.zip'}", f"train.steps={options.steps}", "train.log_steps=1", "eval=[]",
+            f"dataset.root={folder / 'photos.zip'}", f"train.steps={options.steps}", "eval=[]",
+            f"train.log_steps={max(1, options.steps // 8)}",  # a row waits for the device
             f"train.workers={workers}", f"train.batch_size={options.batch}", f"run_dir={run}",
         ]  # fmt: skip
         done = subprocess.run([*command, *options.override], capture_output=True, text=True)
