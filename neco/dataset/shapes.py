@@ -52,6 +52,7 @@ class Shapes(Dataset):
         require_split(split, tuple(self.counts), "shapes")
         content = f"{Path(__file__).read_text()} {self.counts} {self.seed}"
         folder = self.root / hashlib.sha256(content.encode()).hexdigest()[:12]
+        files.tidy(self.root)  # whoever died once the images had their name left an empty folder
         if not folder.is_dir():
             try:
                 self._write(folder)
