@@ -51,9 +51,11 @@ def timed(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 
 def clustered(rows: int, dim: int, seed: int) -> Tensor:
     """Rows around 2000 centres."""
-    draw = torch.Generator().manual_seed(seed)
-    centres = torch.randn(2000, dim, generator=torch.Generator().manual_seed(7))
-    return centres[torch.randint(2000, (rows,), generator=draw)] + torch.randn(rows, dim, generator=draw)
+    draw = torch.Generator(DEVICE).manual_seed(7)
+    centres = torch.randn(2000, dim, generator=draw, device=DEVICE)
+    draw.manual_seed(seed)
+    of = torch.randint(2000, (rows,), generator=draw, device=DEVICE)
+    return torch.randn(rows, dim, generator=draw, device=DEVICE).add_(centres[of])
 
 
 def retrieval(options: argparse.Namespace) -> list[str]:
@@ -63,7 +65,7 @@ def retrieval(options: argparse.Namespace) -> list[str]:
     search = Neighbours(memory, engine="torch", device=DEVICE)
     seconds, (values, _) = timed(lambda: search(queries, K), options.repeats)
     sample = torch.linspace(0, len(queries) - 1, min(1024, len(queries))).long()
-    exact, _ = Neighbours(memory, engine="faiss")(queries[sample], K)
+    exact, _ = Neighbours(memory.cpu(), engine="faiss")(queries.cpu()[sample], K)
     worst = float((values[sample].cpu() - exact).abs().max())
     if worst > 1e-5:  # of equal places the order may differ, of similarities not
         raise SystemExit(f"retrieval: similarities differ from faiss's by {worst:g}")
@@ -75,7 +77,7 @@ def retrieval(options: argparse.Namespace) -> list[str]:
 
 
 def clustering(options: argparse.Namespace) -> list[str]:
-    points, k = clustered(options.rows, 50, 0).numpy(), options.clusters
+    points, k = clustered(options.rows, 50, 0).cpu().numpy(), options.clusters
     how: dict[str, Any] = dict(iterations=50, restarts=5, sample=-(-len(points) // k))
     seconds, ours = timed(lambda: kmeans(points, k, engine="torch", device=DEVICE, **how), options.repeats)
     said = f"objective {ours.objective:.4g}"

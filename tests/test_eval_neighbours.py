@@ -21,13 +21,34 @@ def vectors(rows: int, seed: int, dim: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("queries", [1, 300])
 def test_equals_sorting(engine: Engine, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "QUERIES", 64)  # several blocks, the last ones partial
+    monkeypatch.setattr(neighbours, "SIMILARITIES", 6400)  # several blocks, the last ones partial
     monkeypatch.setattr(neighbours, "ENTRIES", 100)
     memory, wanted = vectors(450, 0), vectors(queries, 1)
     values, places = Neighbours(memory, engine=engine)(wanted, 30)
     everything = (wanted.double() @ memory.double().T).sort(1, descending=True)
     assert torch.equal(places, everything.indices[:, :30])
     torch.testing.assert_close(values.double(), everything.values[:, :30], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("entries", [1000, 3850, 3851])
+def test_the_largest_are_found_in_groups(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(50, entries, generator=torch.Generator().manual_seed(entries))
+    x[:, -3:] += 5  # outside of all groups
+    values, places = neighbours.largest(x, 30)
+    assert torch.equal(values, x.topk(30).values) and torch.equal(places, x.topk(30).indices)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_in_halves_products_are_float32s(scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, queries = (vectors(5000, 0, 384) * scale).to(dtype), vectors(20, 1, 384) * scale
+    plain = Neighbours(memory, engine="torch")(queries, 30)
+    monkeypatch.setattr(neighbours, "_splits", lambda memory: True)
+    found = Neighbours(memory, engine="torch")
+    values, places = found(queries, 30)
+    exact = queries.double() @ memory.double().T
+    assert found.memory.dtype == torch.float16 and (places == plain[1]).float().mean() > 0.995, "but for ties"
+    assert (values - exact.gather(1, places)).abs().max() < 4e-7 * scale * float(memory.norm(dim=1).max())
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -244,7 +244,8 @@ def _means(points: Tensor, index: Tensor, k: int, generator: torch.Generator) ->
 def _closest(points: Tensor, centroids: Tensor, spherical: bool) -> tuple[Tensor, Tensor]:
     """Score (inner product, or minus the squared distance) and index of the best centroid of each point."""
     product, lengths = (1, torch.zeros(1)) if spherical else (2, centroids.square().sum(1))
-    found = [torch.addmm(-lengths.to(points), part, centroids.T, alpha=product).max(1) for part in points.split(CHUNK)]
+    rows = CHUNK if points.device.type == "cpu" else max(CHUNK, 2**27 // len(centroids))  # half a GB of scores
+    found = [torch.addmm(-lengths.to(points), part, centroids.T, alpha=product).max(1) for part in points.split(rows)]
     score = torch.cat([f.values for f in found])
     return score if spherical else score - points.square().sum(1), torch.cat([f.indices for f in found])
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from neco.loss.relaxation import EPS, Relaxation
 
 OFFSET = tl.constexpr(EPS)
+RESIDENT = 12  # programs at once on a multiprocessor, as far as their registers let them
 
 
 @lru_cache
@@ -64,7 +65,7 @@ def sort_cross_entropy(
         return loss, entropy
     size = sizes(network, n)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    programs = min(rows, processors * min(12, 1024 // size["WIRES"]))  # as many as their registers let run at once
+    programs = min(rows, processors * min(RESIDENT, 1024 // size["WIRES"]))
     scratch = x.new_empty(programs, 5 * size["DEPTH"] * size["WIRES"] + size["KEPT"])
     with torch.cuda.device_of(x):
         _kernel[(programs,)](
