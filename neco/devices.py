@@ -6,12 +6,14 @@ Everything that is shared goes through `gather`, `total` and `merge`, in the sam
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from neco.values import READERS
 
 T = TypeVar("T")
 reached = 0  # how far this process has come: the same number at the same place in all
@@ -37,6 +39,24 @@ def leader() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "NODE_RANK", "LOCAL_RANK"))
+
+
+def readers(workers: int | Literal["auto"], device: torch.device | str, processes: int | None = None) -> int:
+    """How many processes read images for this one.
+
+    `auto`: 2; for a GPU up to 8, as far as this process's share of the cores goes.
+
+    Args:
+        processes: that share this machine's cores; None = as many as torchrun says, else all there are.
+    """
+    if workers != "auto":
+        return workers
+    if not str(device).startswith("cuda"):
+        return 2
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or cores // processes
+    return max(1, min(READERS, share - 1))
 
 
 def fast_attention() -> contextlib.AbstractContextManager[None]:

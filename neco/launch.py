@@ -34,6 +34,7 @@ from neco.config import plain as resolved
 from neco.errors import NecoError
 from neco.results import Results, write
 from neco.sweep import STATUS, status
+from neco.values import READERS
 
 ASIDE = ("sweep", "launcher", "run_dir", "debug")  # keys that cannot change what comes out
 REQUEUE = 128 + signal.SIGUSR2
@@ -70,8 +71,9 @@ class Job:
 
     @property
     def workers(self) -> int:
-        """Data workers of each process."""
-        return (self.training or self.config.get("extract") or {}).get("workers", 0)
+        """Data workers of each process; `auto`: the most there can be."""
+        wanted = (self.training or self.config.get("extract") or {}).get("workers", 0)
+        return wanted if wanted != "auto" else 2 if self.config.device == "cpu" else READERS
 
     @property
     def nodes(self) -> int:

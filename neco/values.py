@@ -2,7 +2,7 @@
 
 import fractions
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, Predicate
 
@@ -23,7 +23,8 @@ Positive = Annotated[int, Ge(1)]
 NonNegative = Annotated[int, Ge(0)]
 # What nobody means to be more is bounded: a zero too many is found out before it takes all memory or processes.
 Few = Annotated[int, Ge(1), Le(1000)]
-Workers = Annotated[int, Ge(0), Le(1000)]
+NoneOrFew = Annotated[int, Ge(0), Le(1000)]
+Workers = NoneOrFew | Literal["auto"]  # see `neco.devices.readers`
 Width = Annotated[int, Ge(1), Le(2**16)]  # channels, or images at once
 Pixels = Annotated[int, Ge(1), Le(2**14)]  # of a side: as many as the largest image has
 Million = Annotated[int, Ge(1), Le(10**6)]
@@ -37,6 +38,7 @@ PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Size = Pixels | tuple[Pixels, Pixels]  # pixels: the side of a square, or height and width
 
+READERS = 8  # processes that read images for a GPU, at most, where their number is `auto`
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
 

@@ -203,3 +203,26 @@ def test_batch_must_split_evenly(neco):
     assert (
         said.returncode == 2 and "batch_size=6 cannot be split into accumulate=1 x devices=4 x nodes=1" in said.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "processes", "environment", "readers"),
+    [
+        (0, "cuda", 1, {}, 0),
+        (30, "cpu", 1, {}, 30),
+        ("auto", "cpu", 1, {}, 2),
+        ("auto", "auto", 1, {}, 2),
+        ("auto", "cuda:1", 1, {}, 8),
+        ("auto", "cuda", 4, {}, 3),
+        ("auto", "cuda", None, {"LOCAL_WORLD_SIZE": "2"}, 7),
+        ("auto", "cuda", 16, {}, 1),
+        ("auto", "cuda", 4, {"SLURM_CPUS_PER_TASK": "6"}, 5),
+    ],
+)
+def test_readers_share_the_cores(workers, device, processes, environment, readers, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(16))
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert devices.readers(workers, device, processes) == readers

@@ -20,7 +20,7 @@ from torch import Tensor
 from neco.augment import crop as fast
 from neco.augment import reference
 from neco.errors import NecoError
-from neco.values import Factor, Few, Fraction, NonNegativeFloat, PositiveFloat, Size, Workers, sides
+from neco.values import Factor, Few, Fraction, NoneOrFew, NonNegativeFloat, PositiveFloat, Size, sides
 
 Crop = tuple[int, int, int, int]
 DRAWS = 200  # crops tried for a view before it falls back to the centred one
@@ -119,7 +119,7 @@ class Views:
         self,
         *,
         global_views: Few = 2,
-        local_views: Workers = 4,
+        local_views: NoneOrFew = 4,
         teacher: Literal["augmented", "clean"] = "augmented",
         global_size: Size | None = None,
         local_size: Size | None = None,

@@ -377,15 +377,19 @@ class Store:
         if not self.path:
             return None
         try:
-            with np.load(self.path) as file:  # zip's checksums
+            with np.load(self.path) as file:  # zip's checksums, which leave out names
                 kept = {name: file[name] for name in file.files}
             texts = {name[1:]: _unpacked(kept.pop(name)) for name in list(kept) if name[0] == "_"}
-            return {**kept, **texts} if texts.pop("key") == [self.about, key] else None
+            said, values = texts.pop("key"), {**kept, **texts}
+            return values if said == [self.about, key, *sorted(values)] else None
         except Exception:  # on broken files readers raise just anything
             return None
 
     def save(self, key: str, **values: np.ndarray | list[str]) -> None:
-        texts = {"key": [self.about, key], **{name: value for name, value in values.items() if isinstance(value, list)}}
+        texts = {
+            "key": [self.about, key, *sorted(values)],
+            **{name: value for name, value in values.items() if isinstance(value, list)},
+        }
         arrays = {name: value for name, value in values.items() if not isinstance(value, list)}
         packed = {f"_{name}": _packed(text) for name, text in texts.items()}
         try:

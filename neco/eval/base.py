@@ -3,14 +3,15 @@
 Shapes: N images of a split, B of a batch, H W pixels of the input, h w patches, D channels.
 """
 
+import contextlib
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import data
 from torchvision.transforms import functional as colour
 
-from neco import interrupt
+from neco import devices, interrupt
 from neco.dataset.base import IGNORE, Dataset, Sample, read_image, read_label, same_frame, stored_size
 from neco.dataset.files import stamp, touched
 from neco.errors import NecoError
@@ -32,6 +33,7 @@ from neco.model.weights import weights_hash
 from neco.progress import track
 from neco.values import MEAN, STD, PositiveFloat, Size, Width, Workers, sides
 
+T = TypeVar("T")
 Nearest = Literal["centre", "floor"]  # which pixel stands for a cell: PIL's (the middle one) or torch's (the first)
 RATIO = 4 / 3  # the most elongated crop, either way
 
@@ -266,7 +268,7 @@ class Extract:
 
     Args:
         batch_size: images a forward pass.
-        workers: processes that decode and resize; 0 = this one.
+        workers: processes that decode and resize; 0 = this one; `auto` as `train.workers`.
         device: where the backbone is moved; `auto` leaves it where it is.
         cache_dir: folder in which the features of backbones with parameters are kept; null = nowhere.
         cache_gb: bound of that folder, in 10^9 bytes; what was not used for longest goes first.
@@ -276,7 +278,7 @@ class Extract:
         self,
         *,
         batch_size: Width = 32,
-        workers: Workers = 2,
+        workers: Workers = "auto",
         device: str | torch.device = "auto",
         cache_dir: str | None = None,
         cache_gb: PositiveFloat = 50.0,
@@ -352,9 +354,11 @@ class Extract:
         self, spec: Spec | None, backbone: PatchFeatures, items: _Items, std: tuple[float, float, float], what: str
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """What `stream` yields, and into the cache with it."""
+        batches = self._load(items, f"features of {what}")
+        begun = ((rows, self._begin(backbone, images, std), masks) for rows, (images, masks) in batches)
         with Entry(self.cache, spec, len(items)) as entry:
-            for rows, (images, masks) in self._load(items, f"features of {what}"):
-                features = self.forward(backbone, images, std)
+            for rows, found, masks in _behind(begun):  # a GPU has always something to compute
+                features = found()
                 entry.write(features.numpy())
                 yield rows, features, masks
 
@@ -370,7 +374,7 @@ class Extract:
         loader = data.DataLoader(
             items,
             self.batch_size,
-            num_workers=self.workers,
+            num_workers=self.readers,
             collate_fn=_collate,
             worker_init_fn=interrupt.ignore,
             generator=torch.Generator(),  # else the loader draws a seed from the global one
@@ -390,27 +394,47 @@ class Extract:
         for start in range(0, images, self.batch_size):
             yield slice(start, min(start + self.batch_size, images)), [torch.empty(0, dtype=torch.uint8)] * 2
 
-    @torch.no_grad()
     def forward(self, backbone: PatchFeatures, images: Tensor, std: tuple[float, float, float] = STD) -> Tensor:
         """Images uint8 (B, 3, H, W) -> features float32 (B, h, w, D), on the CPU. Raises NecoError for others."""
+        return self._begin(backbone, images, std)()
+
+    @property
+    def readers(self) -> int:
+        """`workers` as a number."""
+        return devices.readers(self.workers, self.device)
+
+    @torch.no_grad()
+    def _begin(self, backbone: PatchFeatures, images: Tensor, std: tuple[float, float, float]) -> Callable[[], Tensor]:
+        """Start `forward`; what is returned waits for its result, but not for what a GPU is given to do after it."""
         device = self.place(backbone)
         normal = [torch.tensor(value, device=device).reshape(3, 1, 1) for value in (MEAN, std)]
-        pixels = images.to(device).float().div(255).sub(normal[0]).div(normal[1])
+        pixels = devices.send(images, device).float().div(255).sub(normal[0]).div(normal[1])
         training = [part for part in _modules(backbone) if part.training]
         for part in training:
             part.training = False
         try:
             with torch.autocast(device.type, enabled=False), full_precision():
-                features = backbone(pixels).float().cpu()
+                features = backbone(pixels).float()
         finally:
             for part in training:
                 part.training = True
         wanted = (len(images), *token_grid(images.shape[2:], backbone.patch), backbone.dim)
         if features.shape != wanted:
             raise NecoError(f"{type(backbone).__name__} gave features of shape {tuple(features.shape)}, not {wanted}")
-        if not features.isfinite().all():
-            raise NecoError(f"{type(backbone).__name__} gave features that are not finite: its weights are unusable")
-        return features
+        finite, done = features.isfinite().all(), None
+        if device.type == "cuda":
+            done = torch.cuda.current_stream(device).record_event()
+
+        def result() -> Tensor:
+            with _beside(device, done):
+                found, sound = features.cpu(), bool(finite)
+            if not sound:
+                raise NecoError(
+                    f"{type(backbone).__name__} gave features that are not finite: its weights are unusable"
+                )
+            return found
+
+        return result
 
     def place(self, backbone: PatchFeatures) -> torch.device:
         """Move the backbone where it shall work; the device."""
@@ -441,6 +465,27 @@ class Extract:
             "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},
             "source": [hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in sorted(sources)],
         }
+
+
+def _behind(items: Iterable[T]) -> Iterator[T]:
+    """Each item when the next one is there, the last one then."""
+    before: list[T] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device, done: torch.cuda.Event | None) -> Iterator[None]:
+    """A block whose copies from a GPU wait for an event alone; without one it is any other."""
+    if done is None:
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # one of a pool
+    stream.wait_event(done)
+    with torch.cuda.stream(stream):
+        yield
 
 
 def _modules(backbone: PatchFeatures) -> list[nn.Module]:

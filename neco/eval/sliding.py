@@ -97,7 +97,7 @@ class SlidingWindows:
         network.eval()
         try:
             with torch.autocast(device.type, enabled=False), full_precision():
-                pairs = self._load(dataset, samples, extract.workers)
+                pairs = self._load(dataset, samples, extract.readers)
                 for sample, (image, mask) in zip(samples, pairs, strict=True):
                     pixels = image.to(device).float().div(255).sub(mean).div(std)
                     scores = slide(network, pixels, self.crop, self.stride, extract.batch_size)

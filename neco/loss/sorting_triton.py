@@ -87,7 +87,8 @@ def sort_cross_entropy(
 def sizes(network: str, n: int) -> dict[str, int]:
     """What the kernel is compiled for: DEPTH layers, BLOCK items at a time, which leave KEPT numbers behind."""
     stages = (n - 1).bit_length()
-    block = min(8, 1 << stages)  # as many as the registers of so many warps hold: docs/log.md
+    # as many as the registers of so many warps hold, and their programs' scratch the second cache: docs/log.md
+    block = min(4 if network == "bitonic" and n <= 64 else 8, 1 << stages)
     if network == "bitonic":
         depth = stages * (stages + 1) // 2
         kept = block * sum((stage + 1) * max(block, 2 << stage) for stage in range(stages))

@@ -234,7 +234,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         log.info("embedding   %s, %d images at %s, %s", settings.choices["dataset"], len(left), sizes, job.device)
         limits = job.dataset.bad_limits(job.samples)
         batches = data.DataLoader(
-            items, extract.batch_size, num_workers=extract.workers, collate_fn=list, worker_init_fn=worker_init
+            items, extract.batch_size, num_workers=extract.readers, collate_fn=list, worker_init_fn=worker_init
         )
         with interrupt.held():
             loaded = iter(batches)

@@ -203,9 +203,8 @@ class Run:
                 plan.images, micro, plan.steps * options.accumulate, self.settings.run.seed, done * options.accumulate,
                 shares,
             )  # fmt: skip
-            loader = data.loader(
-                items, positions, options.workers, pin=device.type == "cuda", seconds=60 * options.wait_minutes
-            )
+            readers = devices.readers(options.workers, device, options.devices)
+            loader = data.loader(items, positions, readers, device.type == "cuda", 60 * options.wait_minutes)
             with peers, data.named_workers():
                 trainer.fit(module, loader, ckpt_path=self.resume)
             done = trainer.global_step

@@ -206,6 +206,6 @@ def loader(data: Drawn, positions: Positions, workers: int, pin: bool, seconds: 
         num_workers=workers,
         worker_init_fn=worker_init,
         pin_memory=pin,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=max(2, 8 // workers) if workers else None,
         timeout=seconds if workers else 0,
     )
