@@ -117,7 +117,7 @@ def test_plots_are_means_over_seeds_for_each_line(tmp_path: Path) -> None:
                 made(tmp_path / f"{loss}{steepness}{seed}", told, {"miou_k8": value, "miou_k16": value + 0.1}, seed)
     paths = collect.find([str(tmp_path)])
     runs = [collect.read(*pair) for pair in zip(paths, collect.labels(paths), strict=True)]
-    assert len(runs) == 12 and runs[0].label == "cosine10001"
+    assert len(runs) == 12 and runs[0].label == "cosine1001"
     plots = {(plot.title.partition(",")[0], plot.key): plot.lines for plot in collect.sweeps(runs)}
     assert plots.keys() == {(f"overcluster miou{k}", "loss.steepness") for k in ("_k8", "_k16")} | {
         ("overcluster miou", "k")
@@ -266,6 +266,11 @@ def test_a_run_is_one_however_it_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     paths = collect.find(["a/one", f"{tmp_path}/a/*", "a/../a/one"])
     assert len(paths) == 2 and collect.labels(paths) == ["one", "two"]
+    for name in ("k-30", "k-8"):
+        made(tmp_path / "b" / name, {}, {"miou": 0.5})
+    assert (
+        [path.name for path in collect.find(["b/*"])] == [path.name for path in collect.find(["b"])] == ["k-8", "k-30"]
+    )
     odd = made(tmp_path / "a[1]/k=*", {}, {"miou": 0.5})
     assert collect.find(["a[1]/k=*"]) == [odd.relative_to(tmp_path)], "no pattern where it is a name"
 

@@ -85,11 +85,11 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, places = x.topk(k)
         return values, places
     body, rest = x.split([groups * GROUP, x.shape[1] - groups * GROUP], 1)
-    body = body.unflatten(1, (groups, GROUP))
-    chosen = body.amax(2).topk(k, sorted=False).indices[:, :, None]
-    places = (chosen * GROUP + torch.arange(GROUP, device=x.device)).flatten(1)
+    body = body.unflatten(1, (GROUP, groups))  # neighbours are in different groups: read side by side
+    chosen = body.amax(1).topk(k, sorted=False).indices[:, None]
+    places = (chosen + groups * torch.arange(GROUP, device=x.device)[:, None]).flatten(1)
     places = torch.cat([places, torch.arange(groups * GROUP, x.shape[1], device=x.device).expand(len(x), -1)], 1)
-    values, order = torch.cat([body.gather(1, chosen.expand(-1, -1, GROUP)).flatten(1), rest], 1).topk(k)
+    values, order = torch.cat([body.gather(2, chosen.expand(-1, GROUP, -1)).flatten(1), rest], 1).topk(k)
     return values, places.gather(1, order)
 
 

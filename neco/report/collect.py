@@ -105,15 +105,20 @@ class Run:
 def find(patterns: Sequence[str]) -> list[Path]:
     """The folders of runs among those named, and in them, as of several jobs. Raises NecoError without any."""
     wanted = [str(Path(pattern).expanduser()) for pattern in patterns]
-    fit = [[path] if Path(path).exists() else sorted(glob.glob(path)) for path in wanted]  # [1] may be in a name
+    fit = [[path] if Path(path).exists() else sorted(glob.glob(path), key=_natural) for path in wanted]  # [1]: a name
     named = [Path(path) for paths in fit for path in paths]
-    found = [folder for path in named for folder in (path, *sorted(path.glob("*/")))]
+    found = [folder for path in named for folder in (path, *sorted(path.glob("*/"), key=_natural))]
     held = [folder for folder in found if any((folder / name).is_file() for name in ("results.json", STATUS))]
     runs = [*{folder.resolve(): folder for folder in held}.values()]
     if not runs:
         told = f"runs=[{','.join(patterns)}]: {len(named)} folders fit, none has a results.json"
         raise NecoError(f"{told}; name run folders: runs=[runs/train/*,runs/eval/*]")
     return runs
+
+
+def _natural(path: str | Path) -> list[str | int]:
+    """A key that puts k-8 before k-30."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def read(path: Path, label: str = "") -> Run:
