@@ -3,11 +3,28 @@
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 from conftest import CONF, ROOT
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+
+def test_the_oldest_versions_that_are_tried_are_those_that_are_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"], *(line for extra in extras if extra != "dev" for line in extras[extra])]
+    lines = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    tried = {(r := Requirement(line)).name: Version(next(iter(r.specifier)).version) for line in lines}
+    for wanted in map(Requirement, named):
+        lowest = [Version(part.version) for part in wanted.specifier if part.operator == ">="]
+        if lowest and (
+            wanted.marker is None or wanted.marker.evaluate({"sys_platform": "linux", "platform_machine": "x86_64"})
+        ):
+            assert [tried.get(wanted.name)] == lowest, wanted
 
 
 @pytest.mark.slow
