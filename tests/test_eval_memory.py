@@ -1,5 +1,6 @@
 """Twice the images, the same memory: what evaluations hold at the peak, with few channels and large images."""
 
+import gc
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,7 @@ class Live(TorchDispatchMode):
 
 def held(work: Callable[[], object]) -> int:
     """Bytes at the peak, of tensors and of numpy arrays and other objects."""
+    gc.collect()
     tracemalloc.start()
     with Live() as live:
         work()

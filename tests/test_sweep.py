@@ -215,7 +215,7 @@ def test_a_full_disk_ends_jobs_but_not_the_sweep(inside, tmp_path, launcher):
     try:
         code, said = inside("-m", f"hydra/launcher={launcher}", *EVAL, "seed=0,1,2,3")
     finally:
-        subprocess.run(["umount", tmp_path / "out"], check=True)
+        subprocess.run(["umount", "--lazy", tmp_path / "out"], check=True)
     assert code == 2 and "jobs that did not end well: " in said and "To go on: python -m neco -m" in said
     assert "out/seed-3: failed: " in said and "No space left" in said
     assert ("runs  " in said or launcher == "local") and "Logging error" not in said and "Traceback" not in said
