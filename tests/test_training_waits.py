@@ -39,7 +39,7 @@ OPTIONS = {
 def imaginable() -> bool:
     try:
         with FakeTensorMode():
-            return torch.ones(1, device=GPU).device == GPU
+            return torch.ones(2, device=GPU)[:1].device == GPU
     except RuntimeError:
         return False
 
