@@ -16,7 +16,6 @@ import torch
 import yaml
 from conftest import ROOT, SMALL, losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
 
 from neco import config, interrupt
 from neco.errors import NecoError
@@ -29,30 +28,22 @@ WATCH = ("eval=overcluster", "eval.overcluster.k=4", "eval.overcluster.restarts=
 FEW = ("dataset.train=12", "dataset.val=4", "extract.workers=0", "weights=none")
 
 
-def stored(path: Path) -> list[Record]:
-    """The records of an offline run: LevelDB's log format after 7 bytes, in blocks of 32 kB."""
-    data, at, part, found = path.read_bytes(), 7, b"", []
-    while at + 7 <= len(data):
-        if (rest := 32768 - at % 32768) < 7:
-            at += rest
-            continue
-        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        part, at = part + data[at + 7 : at + 7 + size], at + 7 + size
-        if kind in (1, 4):  # whole, last part
-            found.append(Record.FromString(part))
-            part = b""
-    return found
+def history(path: Path, data: bytes) -> list[Any]:
+    path.write_bytes(data)
+    return [record for record in wandb.records(path) if record.HasField("history")]
 
 
-def offline(folder: Path) -> list[SimpleNamespace]:
+def offline(folder: Path, *but: Path) -> list[SimpleNamespace]:
     """What W&B stored of a run folder, by start: run, config, history by step, summary, exit code, preempting."""
-    found = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_ctime_ns):
+    found, paths = [], set(folder.glob("wandb/offline-run-*/*.wandb")) - {*but}
+    for path in sorted(paths, key=lambda path: path.stat().st_ctime_ns):
         end = time.monotonic() + 30
-        while not (records := [r for r in stored(path) if r.HasField("exit")]):  # its service writes on for a moment
+        while not (
+            records := [r for r in wandb.records(path) if r.HasField("exit")]
+        ):  # its service writes on for a moment
             assert time.monotonic() < end
             time.sleep(0.05)
-        records = stored(path)
+        records = wandb.records(path)
         run = SimpleNamespace(
             about=next(r.run for r in records if r.HasField("run")), config={}, history={}, summary={}
         )
@@ -145,6 +136,20 @@ def test_a_failed_run_is_marked_and_resumed_as_the_same(train, monkeypatch, tmp_
     board = events(folder)
     assert [e.step for e in board.Scalars("loss")] == [1, 2, 3, 4] and text(board, "ended") == "success"
     assert [e.value for e in board.Scalars("loss")] == pytest.approx(losses(folder))
+
+
+def test_what_wandb_had_not_got_when_it_was_killed_comes_later(train) -> None:
+    options = ["logger=[csv,wandb]"]
+    folder = train(*options, "train.steps=4")
+    (first,), (path,) = offline(folder), folder.glob("wandb/offline-run-*/*.wandb")
+    assert [*first.history] == [1, 2, 3, 4]
+    data = path.read_bytes()
+    cut = next(n for n in range(len(data), 0, -1) if len(history(path, data[:n])) == 2)
+    path.write_bytes(data[:cut])  # within a record
+    train(*options, "train.steps=6", f"train.resume={folder}/checkpoints/last.ckpt")
+    (second,) = offline(folder, path)
+    assert second.about.run_id == first.about.run_id and [*second.history] == [3, 4, 5, 6]
+    assert [second.history[step]["loss"] for step in (3, 4)] == [first.history[step]["loss"] for step in (3, 4)]
 
 
 def test_an_interrupted_run_is_one_that_will_go_on(tmp_path) -> None:

@@ -1,5 +1,7 @@
 """Weights & Biases: one W&B run a run folder, online or kept for `wandb sync`."""
 
+import contextlib
+import csv
 import logging
 import netrc
 import os
@@ -8,6 +10,7 @@ import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from neco.logger import base
@@ -18,6 +21,7 @@ from neco.values import PositiveFloat
 log = logging.getLogger(__name__)
 REACH = 4  # seconds in which a server has to answer
 OPEN = 15.0  # and to open a run
+BLOCK = 32768  # of LevelDB's log format, in which W&B keeps a run
 
 
 class Wandb(Tracker):
@@ -80,6 +84,28 @@ class Wandb(Tracker):
             log.info("wandb       offline: %s. %s", why, self.rest)
         else:
             log.info("wandb       %s", self.run.url)
+        self._catch_up(about, 1 + _last(about.folder, values["id"]) if why else self.run.step)
+
+    def tell(self, event: str, *values: Any) -> None:
+        """Once W&B has failed it is left alone, else it fails again at the end of the program, in many lines."""
+        try:
+            super().tell(event, *values)
+        except Exception:
+            with contextlib.suppress(Exception):
+                self.library.teardown(1)
+            raise
+
+    def _catch_up(self, about: About, first: int) -> None:
+        """From step `first` on, what the run has saved and its W&B, which was killed with it, has not."""
+        path = about.folder / "metrics.csv"
+        if not about.step or not path.is_file():
+            return
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if None not in (*row, *row.values())]
+        for row in rows:
+            step = int(row.pop("step"))
+            if first <= step <= about.step:
+                self.run.log({name: float(value) for name, value in row.items() if value}, step=step)
 
     def metrics(self, row: Mapping[str, float], step: int) -> None:
         """W&B takes no step twice: what a resumed run repeats is there already."""
@@ -110,6 +136,39 @@ class Wandb(Tracker):
     def _table(self, table: Table) -> Any:
         head, *rows = table
         return self.library.Table(columns=[*head], data=[[*row] for row in rows])
+
+
+def records(path: Path, blocks: int | None = None) -> list[Any]:
+    """The records of W&B's file of a run, or of its last blocks, as far as they are whole."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    data = path.read_bytes()
+    at = 7 if blocks is None else max(7, (len(data) // BLOCK - blocks) * BLOCK)
+    found, part = [], None
+    while at + 7 <= len(data):
+        if (rest := BLOCK - at % BLOCK) < 7:
+            at += rest
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        at += 7 + size
+        if not kind or at > len(data):
+            break
+        if kind in (1, 2):  # whole, or the first part
+            part = b""
+        if part is not None:
+            part += data[at - size : at]
+            if kind in (1, 4):  # whole, or the last part
+                found.append(Record.FromString(part))
+    return found
+
+
+def _last(folder: Path, run: str) -> int:
+    """The last step that earlier lives of a run have for `wandb sync`; -1: none."""
+    found = [-1]
+    for path in folder.glob(f"wandb/*run-*-{run}/run-{run}.wandb"):
+        with contextlib.suppress(Exception):  # damaged, or of another W&B
+            found += [r.history.step.num for r in records(path, 64) if r.HasField("history")]
+    return max(found)
 
 
 def _unreachable() -> str:
