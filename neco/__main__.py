@@ -128,8 +128,7 @@ def run(cfg: Any) -> float | None:
         with devices.fast_attention():
             return task.main(chosen, prepared, output)
     except interrupt.Interrupted as stop:
-        last = output / "checkpoints" / "last.ckpt"
-        saved = f"saved in {last}" if last.is_file() else f"what is done is in {output}"
+        saved = kept(output)
         if hydra.mode == RunMode.MULTIRUN:  # all of it: jobs that are done stay so
             overrides, output = sys.argv[1:], Path(hydra.sweep.dir)
         stop.args = (f"{stop}; {saved}. {again(overrides, output)}",)
@@ -140,6 +139,20 @@ def run(cfg: Any) -> float | None:
         place = error.filename2 or error.filename or "a file of run_dir, cache_dir or the folder of temporary files"
         gone = "" if output.is_dir() else f"; run_dir={output} was removed while the run was in it"
         raise NecoError(f"{place}: {error.strerror}{gone}. With that mended, the same command goes on") from error
+
+
+def kept(output: Path) -> str:
+    """What an interrupted job leaves; stopped twice, it has not saved its last steps."""
+    import torch
+
+    last = output / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        return f"what is done is in {output}"
+    try:
+        step = torch.load(last, weights_only=True, mmap=True)["global_step"]
+    except Exception:  # it is checked where it is read
+        return f"saved in {last}"
+    return f"step {step} is saved in {last}"
 
 
 def explain(error: Exception, overrides: list[str]) -> str:

@@ -150,6 +150,7 @@ class Job:
             if stop.code != REQUEUE and not preempted(here.job_id):
                 self.note("stopped", message=str(stop).split(". To go on")[0])
                 raise SystemExit(stop.code) from None
+            say(str(stop).split(". To go on")[0])
             try:
                 signal.raise_signal(signal.SIGUSR2)  # submitit's handler, now that all is saved: queues it again
             except UncompletedJobError as error:
@@ -255,7 +256,7 @@ class Launcher(launcher.Launcher):
         if self.cluster:
             self.submit(todo)
         else:
-            self.run(todo)
+            self.run([job for job in todo if self.valid(job)])
         failed.extend(
             (self.folder, job.folder, f"{job.said['status']}: {job.said['message']}")
             for job in folders.values()

@@ -147,6 +147,16 @@ def test_a_number_that_is_none_is_said_of_its_seeds(tmp_path: Path) -> None:
     assert tables.sweep(plot).rows[-1] == ["after", "nan ± nan (2)", "55.0 ± 7.1 (2)"]
 
 
+def test_plots_are_of_what_differs_among_their_own_runs(tmp_path: Path) -> None:
+    for lr in ("0.1", "0.2"):
+        made(tmp_path / f"train-{lr}", {"optim.lr": lr, "train.steps": "3"}, {"miou": 0.5})
+    for k in ("4", "8"):
+        made(tmp_path / f"eval-{k}", {"eval.overcluster.k": k}, {f"miou_k{k}": 0.5}, trained=False)
+    plots = collect.sweeps([collect.read(path) for path in sorted(tmp_path.iterdir())])
+    assert [plot.key for plot in plots] == ["optim.lr", "k"]
+    assert all("None" not in label for plot in plots for label in plot.lines)
+
+
 def test_what_has_not_ended_is_no_result(tmp_path: Path) -> None:
     for name in ("a", "b", "c", "d"):
         made(tmp_path / name, {"optim.lr": name, "launcher.detach": name}, {"miou": 0.5})

@@ -47,7 +47,8 @@ class Guard:
                 self.ended.wait(wait - PATIENT)
         finally:
             if not self.ended.is_set():
-                self._drop(f"it had {wait:g} s after the end (logger.{self.name}.wait)")
+                had = f"it had {wait:g} s after the end (logger.{self.name}.wait)"
+                self._drop("stopped twice, so it was not waited for" if interrupt.meant else had)
 
     def _work(self) -> None:
         event = ""

@@ -28,7 +28,7 @@ def write(runs: Sequence[collect.Run], folder: Path, formats: Iterable[str]) -> 
         "html": (".html", lambda path: html.write(path, runs)),
         "markdown": (".md", lambda path: write_text(path, markdown.markdown(title, shown))),
         "latex": (".tex", lambda path: write_text(path, latex.latex(shown))),
-        "csv": (".csv", lambda path: write_text(path, tables.headline(runs, numbered=False).csv())),
+        "csv": (".csv", lambda path: write_text(path, tables.headline(runs, numbered=False, digits=6).csv())),
     }
     written = []
     for form, (suffix, writer) in writers.items():

@@ -94,12 +94,17 @@ class Run:
         return {key: value for key, _, value in (line.lstrip("+").partition("=") for line in self.told)}
 
     def setting(self, key: str) -> str:
-        """What the run was told of a key, or what that was."""
+        """What the run was told of a key, or what that was; empty where it has no such key."""
+        if key in self.overrides:
+            return self.overrides[key]
+        if chosen := self.environment.get("choices", {}).get(key):
+            return str(chosen)
         node: Any = self.config
         for part in key.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
-        chosen = self.environment.get("choices", {}).get(key)
-        return self.overrides.get(key, str(chosen or ("default" if isinstance(node, dict) else node)))
+            if not isinstance(node, dict) or part not in node:
+                return ""
+            node = node[part]
+        return "default" if isinstance(node, dict) else str(node)
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
@@ -141,7 +146,7 @@ def read(path: Path, label: str = "") -> Run:
             path,
             label or path.name,
             records,
-            [] if begun else [*_numbers(path, records)],
+            [] if begun else [*_numbers(path, records, config)],
             _curves(texts["metrics.csv"]),
             config,
             texts["overrides.txt"].splitlines(),
@@ -184,9 +189,9 @@ def _curves(text: str) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-def _numbers(path: Path, records: list[dict[str, Any]]) -> Iterator[Number]:
+def _numbers(path: Path, records: list[dict[str, Any]], config: Mapping[str, Any]) -> Iterator[Number]:
     """Of the last step; before is step 0, of what was not trained the network `compared`."""
-    steps = [record["step"] for record in records]
+    steps, default = [record["step"] for record in records], (config.get("model") or {}).get("weights")
     trained, seen = any(steps), set()
     for record in records:
         first = {"evaluation": record["evaluation"], "asked": record["asked"]}
@@ -215,16 +220,16 @@ def _numbers(path: Path, records: list[dict[str, Any]]) -> Iterator[Number]:
                 record["network"], record.get("model", ""), record["dataset"], part, evaluation, metric,
                 record["protocol"], 100 * value, None if before is None else 100 * before,
                 known[0], known[1], iou[0], iou[1],
-                weights=record["weights"], source=_source(record), std=None if std is None else 100 * std,
+                weights=record["weights"], source=_source(record, default), std=None if std is None else 100 * std,
             )  # fmt: skip
 
 
-def _source(record: Mapping[str, Any]) -> str:
-    """Where the weights are from, for people."""
-    held, state = record.get("checkpoint"), record.get("state")
+def _source(record: Mapping[str, Any], default: str | None) -> str:
+    """Where the weights are from, for people; `default` is what the model says."""
+    held, state = record.get("checkpoint") or default, record.get("state")
     if held == "none":
         return "random"
-    if str(held).startswith("package:"):
+    if str(held).startswith("package:") and state != "after":
         return "of the package"
     return {"before": "published", "after": "post-trained"}.get(state or "", Path(held).name if held else "")
 
@@ -252,26 +257,33 @@ def sweeps(runs: Sequence[Run]) -> list[Plot]:
 
     Means and deviations are over runs that differ in nothing that counts: the seeds.
     """
-    said = {key: values for key, values in differing(runs).items() if not key.endswith(".k")}
-    numeric = [key for key, values in said.items() if all(_number(value) is not None for value in values)]
-    axes: list[tuple[str, ...]] = [(key,) for key in numeric]
-    axes = axes or ([(*said,)] if said else [])
-    found: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
+    found: dict[tuple[bool, str], list[tuple[int, Number, str]]] = {}
     for i, run in enumerate(runs):
-        told = {key: values[i] for key, values in said.items()}
         for n in run.result:
             name, of_k, k = n.metric.rpartition("_k")
-            places = [(n.name, axis, " ".join(told[key] for key in axis)) for axis in axes]
-            places += [(f"{n.evaluation} {name}, {n.dataset}", ("k",), k)] if of_k else []
-            for title, axis, x in places:
+            found.setdefault((False, n.name), []).append((i, n, ""))
+            if of_k:
+                found.setdefault((True, f"{n.evaluation} {name}, {n.dataset}"), []).append((i, n, k))
+    made = []
+    for (over_k, title), measured in sorted(found.items(), key=lambda item: item[0][0]):
+        own = [*dict.fromkeys(i for i, _, _ in measured)]  # what differs among other runs says nothing here
+        differs = differing([runs[i] for i in own]).items()
+        said = {key: dict(zip(own, values, strict=True)) for key, values in differs if not key.endswith(".k")}
+        numeric: list[tuple[str, ...]] = [
+            (key,) for key, values in said.items() if all(_number(v) is not None for v in values.values())
+        ]
+        for axis in [("k",)] if over_k else numeric or ([(*said,)] if said else []):
+            lines: dict[str, dict[str, list[float]]] = {}
+            for i, n, k in measured:
+                told = {key: values[i] for key, values in said.items()}
+                x = k if over_k else told[axis[0]] if len(axis) == 1 else _label(told)
                 others = {key: value for key, value in told.items() if key not in (*axis, "dataset")}
                 before = {key: value for key, value in others.items() if key in ("model", "experiment")}
-                lines = found.setdefault((title, " ".join(axis)), {})
                 if n.before is not None:
                     lines.setdefault(_label(before, "before"), {}).setdefault(x, []).append(n.before)
                 label = _label(others) or ("measured" if n.before is None else "after")
                 lines.setdefault(label, {}).setdefault(x, []).append(n.value)
-    made = [_plot(*where, lines) for where, lines in sorted(found.items(), key=lambda item: item[0][1] == "k")]
+            made.append(_plot(title, ", ".join(axis), lines))
     return [plot for plot in made if len({point[0] for points in plot.lines.values() for point in points}) > 1]
 
 
@@ -284,7 +296,8 @@ def _plot(title: str, key: str, lines: Mapping[str, Mapping[str, list[float]]]) 
 
 
 def _label(told: Mapping[str, str], *more: str) -> str:
-    return ", ".join([*(f"{key}={value}" for key, value in told.items()), *more])
+    """Where a key does not apply it is left out."""
+    return ", ".join([*(f"{key}={value}" for key, value in told.items() if value), *more])
 
 
 def _number(text: str) -> float | None:

@@ -1,5 +1,6 @@
-"""The tables of a report for LaTeX, with booktabs."""
+"""The tables of a report for LaTeX, with booktabs; wide ones are shrunk to a line, long cells have lines."""
 
+import re
 from collections.abc import Iterable
 
 from neco.report.tables import Table
@@ -9,20 +10,40 @@ ESCAPED |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textas
 ESCAPED |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " ", "\r": " "}
 
 
+LONG = 60  # letters of a cell
+FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+
+
 def escape(text: str) -> str:
     """Text as LaTeX prints it."""
     return "".join(ESCAPED.get(letter, letter) for letter in text)
 
 
 def latex(tables: Iterable[Table]) -> str:
-    """A `table` each, to be included where `booktabs` is loaded."""
-    return "% needs \\usepackage{booktabs}\n" + "\n".join(_table(table) for table in tables)
+    """A `table` each, to be included where `booktabs` and `graphicx` are loaded."""
+    return "% needs \\usepackage{booktabs,graphicx}\n" + "\n".join(_table(table) for table in tables)
 
 
 def _table(table: Table) -> str:
-    kinds = "".join("r" if table.numeric(i) else "l" for i in range(len(table.head)))
-    head, *rows = (" & ".join(map(escape, row)) + r" \\" for row in (table.head, *table.rows))
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{escape(table.title)}}}", rf"\begin{{tabular}}{{{kinds}}}"]
-    lines += [r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    kinds = "".join(_kind(table, i) for i in range(len(table.head)))
+    head, *rows = (" & ".join(map(_cell, row)) + r" \\" for row in (table.head, *table.rows))
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{escape(table.title)}}}",
+        FIT,
+        rf"\begin{{tabular}}{{{kinds}}}",
+    ]
+    lines += [r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}}"]
     lines += [rf"\par\footnotesize {escape(note)}" for note in table.notes]
     return "\n".join([*lines, r"\end{table}", ""])
+
+
+def _kind(table: Table, column: int) -> str:
+    long = max((len(row[column]) for row in table.rows), default=0) > LONG
+    return "p{9cm}" if long else "r" if table.numeric(column) else "l"
+
+
+def _cell(text: str) -> str:
+    """Numbers have a minus instead of a hyphen."""
+    return f"${text}$" if re.fullmatch(r"[-+][\d.]+", text) else escape(text)

@@ -35,7 +35,7 @@ class Table:
         return text.getvalue()
 
 
-def headline(runs: Sequence[Run], numbered: bool = True) -> Table:
+def headline(runs: Sequence[Run], numbered: bool = True, digits: int = 1) -> Table:
     """Every number before, after and beside what is published. `numbered`: protocols are notes below."""
     protocols = [*dict.fromkeys(number.protocol for run in runs for number in run.numbers)]
     trained = any(number.before is not None for run in runs for number in run.numbers)
@@ -45,11 +45,12 @@ def headline(runs: Sequence[Run], numbered: bool = True) -> Table:
     for run in runs:
         for n in run.numbers:
             place = str(protocols.index(n.protocol) + 1) if numbered else n.protocol
-            change = _change(None if n.before is None else n.value - n.before)
+            change = _change(None if n.before is None else n.value - n.before, digits)
             earlier = "; ".join(n.beside(known, n.before) for known in n.published_before)
             later = "; ".join(n.beside(known, n.value) for known in n.published)
             what = [run.label, n.model, n.network, n.weights, n.source, n.dataset + n.part, n.evaluation, n.metric]
-            rows.append([*what, _figure(n.before), earlier, _figure(n.value), _figure(n.std), change, later, place])
+            figures = [_figure(value, digits) for value in (n.before, n.value, n.std)]
+            rows.append([*what, figures[0], earlier, *figures[1:], change, later, place])
     notes = [NOTE, *([MARK] if any("*)" in cell for row in rows for cell in row) else [])]
     notes += [COMPARED] if trained and any(not r.steps[1] for r in runs if r.numbers) else []
     if numbered:
@@ -123,8 +124,8 @@ def costs(runs: Sequence[Run]) -> Table:
     return compact(Table("Time and memory", head, rows), () if len(runs) > 1 else ("run",))
 
 
-def _change(value: float | None) -> str:
-    return "" if value is None else f"{value:+.1f}"
+def _change(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{round(value, digits) + 0:+.{digits}f}"  # + 0: none is -0.0
 
 
 def _figure(value: float | None, digits: int = 1) -> str:
