@@ -203,7 +203,7 @@ def _compare(
 def _write_onnx(network: Backbone, path: Path, about: dict[str, str]) -> None:
     """Images (B, 3, H, W) -> features (B, h, w, D) of any number and size."""
     images = torch.zeros(2, 3, 3 * network.patch, 5 * network.patch)
-    batch, h, w = (torch.export.Dim(name, min=1) for name in ("batch", "h", "w"))
+    batch, h, w = (torch.export.Dim(name, min=1, max=2**20) for name in ("batch", "h", "w"))  # torch 2.7 wants an end
     program = torch.onnx.export(
         network,
         (images,),
