@@ -143,16 +143,15 @@ def run(cfg: Any) -> float | None:
 
 def kept(output: Path) -> str:
     """What an interrupted job leaves; stopped twice, it has not saved its last steps."""
-    import torch
+    from neco.model import sources
 
     last = output / "checkpoints" / "last.ckpt"
     if not last.is_file():
         return f"what is done is in {output}"
     try:
-        step = torch.load(last, weights_only=True, mmap=True)["global_step"]
-    except Exception:  # it is checked where it is read
+        return f"step {sources.contents(last)['global_step']} is saved in {last}"
+    except (NecoError, KeyError):  # it is read again before it is used
         return f"saved in {last}"
-    return f"step {step} is saved in {last}"
 
 
 def explain(error: Exception, overrides: list[str]) -> str:

@@ -368,7 +368,11 @@ class Launcher(launcher.Launcher):
         """For a second; take out those that have ended, and say how."""
         time.sleep(1)
         for job, started in [*running.items()]:
-            if job.options.ended(started, status(job.folder).get("status")):
+            now = status(job.folder).get("status")
+            if now == "running" and job.said.get("status") == "queued":
+                job.said["status"] = now
+                say(f"running      {job.folder}")
+            if job.options.ended(started, now):
                 del running[job]
                 said = status(job.folder)
                 job.said = said if said.get("config") == job.digest else {}

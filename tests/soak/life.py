@@ -33,7 +33,7 @@ def begin(folder: Path, arguments: Sequence[str], *setup: Setup, **environment: 
     `folder` is its cache and its folder of temporary files, too: all that it leaves behind is found there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    process = _warm().Process(target=_live, args=(folder, [*arguments], setup, environment))
+    process = server().Process(target=_live, args=(folder, [*arguments], setup, environment))
     process.start()
     return process
 
@@ -66,14 +66,15 @@ def _live(folder: Path, arguments: list[str], setup: Sequence[Setup], environmen
     program.main()
 
 
-def _warm() -> Any:
+def server() -> Any:
+    """A context of processes forked from one that has loaded all and done nothing else."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     here = str(Path(__file__).parents[1])
     if here not in sys.path:
         sys.path.insert(0, here)
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["soak.warm"])
-    return server
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["soak.warm"])
+    return context
 
 
 def kill() -> None:
