@@ -103,7 +103,12 @@ def test_nothing_of_image_size_accumulates(kind: type, scenes, monkeypatch: pyte
     monkeypatch.setattr(unsupervised, "BATCH", 1)
     options, kept = EVERY[kind]
     evaluation, backbone = kind(size=SIZE, **options), Seeing(PATCH, DIM)
-    assert growth(scenes, lambda dataset: evaluation(backbone, dataset, extract=HERE)) < kept + OBJECTS
+
+    def grown() -> float:
+        return growth(scenes, lambda dataset: evaluation(backbone, dataset, extract=HERE))
+
+    # Twice: a table of the interpreter may double in between, what accumulates does so each time.
+    assert any(grown() < kept + OBJECTS for _ in range(2))
 
 
 def test_what_is_kept_shows(scenes) -> None:
