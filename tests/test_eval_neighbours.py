@@ -31,7 +31,7 @@ def test_equals_sorting(engine: Engine, queries: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("entries", [1000, 3850, 3851])
-def test_the_largest_are_found_in_groups(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_are_found_in_groups(entries: int) -> None:
     x = torch.randn(50, entries, generator=torch.Generator().manual_seed(entries))
     x[:, -3:] += 5  # outside of all groups
     values, places = neighbours.largest(x, 30)
