@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import importlib
 import logging
 import os
@@ -211,6 +212,42 @@ def stoppable() -> Iterator[None]:
         raise SystemExit(getattr(stop, "code", 130)) from None
 
 
+@functools.cache
+def extend_hydra() -> None:
+    """Users' folders of options, our launchers and searches; once a process, Hydra keeps all that it is given."""
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    from neco import launch, search
+
+    groups = config.groups()
+
+    class Options(FileConfigSource):
+        """Of a user's folder only the groups: a folder called `weights` does not make `weights` a choice of files."""
+
+        @staticmethod
+        def scheme() -> str:
+            return "options"
+
+        def is_group(self, config_path: str) -> bool:
+            known = not config_path or config_path.split("/")[0] in groups
+            return known and super().is_group(config_path)
+
+    class UserFolders(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for path in config.user_folders():
+                search_path.append("neco-user", f"options://{path}")
+
+    SourcesRegistry.instance().register(Options)
+    for plugin in (UserFolders, launch.Launcher, search.Optuna):
+        Plugins.instance().register(plugin)
+    elsewhere: Any = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))  # Hydra takes none from here
+    elsewhere.neco = SimpleNamespace(Launcher=launch.Launcher, Optuna=search.Optuna)
+
+
 @stoppable()
 def main() -> None:
     """Entry: exit code 0, 1 for a fault of the program (with traceback), 2 for what the user can put right."""
@@ -222,36 +259,11 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises, and the messages below are ours
     import hydra
-    from hydra._internal.core_plugins.file_config_source import FileConfigSource
-    from hydra._internal.sources_registry import SourcesRegistry
-    from hydra.core.config_search_path import ConfigSearchPath
-    from hydra.core.plugins import Plugins
-    from hydra.plugins.search_path_plugin import SearchPathPlugin
     from omegaconf.errors import OmegaConfBaseException
 
-    class Options(FileConfigSource):
-        """Of a user's folder only the groups: a folder called `weights` does not make `weights` a choice of files."""
+    from neco import launch, sweep
 
-        @staticmethod
-        def scheme() -> str:
-            return "options"
-
-        def is_group(self, config_path: str) -> bool:
-            known = not config_path or config_path.split("/")[0] in config.groups()
-            return known and super().is_group(config_path)
-
-    class UserFolders(SearchPathPlugin):
-        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            for path in config.user_folders():
-                search_path.append("neco-user", f"options://{path}")
-
-    from neco import launch, search, sweep
-
-    SourcesRegistry.instance().register(Options)
-    for plugin in (UserFolders, launch.Launcher, search.Optuna):
-        Plugins.instance().register(plugin)
-    elsewhere: Any = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))  # Hydra takes none from here
-    elsewhere.neco = SimpleNamespace(Launcher=launch.Launcher, Optuna=search.Optuna)
+    extend_hydra()
     if any(a.startswith(tuple(f"{group}=" for group in HYDRA)) for a in arguments) and not MODES & set(arguments):
         sys.argv.append("-m")  # else Hydra would leave them out
     launch.failed.clear()
