@@ -22,6 +22,7 @@ from neco.errors import NecoError
 Engine = Literal["faiss", "torch"]
 SIMILARITIES, ENTRIES = 2**26, 2**16  # the torch engine holds so many at a time, of so many entries
 GPU_SIMILARITIES, GPU_ENTRIES = 2**29, 2**20  # 2 GB
+TILE = 256  # rows of a product that a GPU makes together
 GROUP = 32  # entries of which only the largest similarity is sorted at first
 LEAST, SAMPLE = 39, 64  # entries a cell: in all (faiss's own limit), and from which the cells are found
 
@@ -178,6 +179,7 @@ class Neighbours:
         if self.engine == "torch":
             most = GPU_SIMILARITIES if self.device.type == "cuda" else SIMILARITIES
             size = most // min(self._entries(), len(self.memory))
+            size -= size % TILE if size > TILE else 0
         with full_precision():
             parts = [self._search(part, k) for part in queries.float().to(self.device).split(max(1, size))]
         return torch.cat([s for s, _ in parts]), torch.cat([i for _, i in parts])
