@@ -34,7 +34,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         if (epochs := self.epoch(self.steps)) > 1e6:
-            raise NecoError(f"{self.options.node}: {self.steps} steps are {epochs:.3g} epochs, more than a million")
+            node, key = self.options.node, "steps" if self.options.steps else "epochs"
+            raise NecoError(
+                f"{node}.{key}: {self.steps} steps of {self.options.images} images ({node}.batch_size) are "
+                f"{epochs:.3g} epochs, more than a million"
+            )
 
     @property
     def steps(self) -> int:
