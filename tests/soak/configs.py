@@ -126,8 +126,10 @@ def bases(folder: Path) -> list[Base]:
 def _reported(run: Path) -> Path:
     """A run folder to report on."""
     run.mkdir(parents=True)
-    record = {"evaluation": "retrieval", "network": "only", "step": 0, "metrics": {"miou_k30": 0.5}, "model": "tiny",
-              "dataset": "shapes", "protocol": "x", "weights": "w", "asked": "x", "state": "", "fraction": 1.0}  # fmt: skip
+    record = {
+        "evaluation": "retrieval", "network": "only", "step": 0, "metrics": {"miou_k30": 0.5}, "model": "tiny",
+        "dataset": "shapes", "protocol": "x", "weights": "w", "asked": "x", "state": "", "fraction": 1.0,
+    }  # fmt: skip
     (run / "results.json").write_text(json.dumps([record]))
     return run
 
