@@ -287,7 +287,10 @@ def main() -> None:
         if started and not isinstance(error, (NecoError, OmegaConfBaseException)):
             if isinstance(error, MemoryError) or re.search("(?i)out of memory|can't allocate memory", str(error)):
                 told = (str(error) or type(error).__name__).partition("\n")[0]
-                smaller = "train.batch_size (or more train.accumulate), the sizes of views, extract.batch_size"
+                smaller = (
+                    "train.batch_size (or more train.accumulate), the sizes of views, extract.batch_size, of "
+                    "eval.retrieval memory_size, storage=float16 and engine=torch"
+                )
                 print(f"{who}: out of memory: {told}. What makes it less: {smaller}", file=sys.stderr)
                 raise SystemExit(2) from None
             if not re.search("closed by peer|reset by peer|Broken pipe", str(error)):

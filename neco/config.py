@@ -234,6 +234,11 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
             raise NecoError("machine/default.yaml: its first line has to be '# @package _global_'")
         if name not in known:
             raise NecoError(f"{name}: no such key{nearest(str(name), sorted(known))}")
+    if (recipe := choices.get("experiment")) and "train" in config and choices.get("task") != "train":
+        raise NecoError(
+            f"experiment={recipe}: a recipe of task=train; with task={choices.get('task')} leave it out and choose "
+            "model=... and dataset=..."
+        )
     run = Run(**check(Run, {name: config[name] for name in config if name in top}, ""))
     spine = Spine()
     for name, schema in SPINE.items():

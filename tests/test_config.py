@@ -109,6 +109,7 @@ WRONG = [
     (["val_dataset=camvid"], ["val_dataset", "dataset@val_dataset=NAME"]),
     (["task=eval", "checkpoint=nothing.ckpt"], ["nothing.ckpt", "no such file"]),
     (["task=eval", "weights=teacher"], ["weights=teacher", "checkpoint="]),
+    (["task=eval", "experiment=demo"], ["experiment=demo", "task=train", "command line (experiment=demo)"]),
     (["task=eval", "eval=[]"], ["eval=[]"]),
     (["train.blocks=5"], ["train.blocks=5", "more than there are, 4", "command line (train.blocks=5)"]),
     (["train.blocks=some"], ["train.blocks='some'", "'all'"]),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from neco import config
 from neco.augment.batched import parameters, recolour
 from neco.augment.views import Views, view_rng
+from neco.eval import neighbours
 from neco.eval.clustering import kmeans
 from neco.eval.neighbours import Neighbours, full_precision
 from neco.loss import sorting
@@ -153,14 +155,32 @@ def test_no_step_waits_for_the_device(overrides: list[str], compiles: bool) -> N
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("more", [["train.compile=false"], ["train.compile=true", "loss.mask=fg"]], ids=str)
-def test_deterministic_runs_repeat_bit_by_bit(train, more: list[str]) -> None:
-    states = []
-    for workers in (0, 2):
-        chosen = f"device={GPU.type}", "train.deterministic=true", f"train.workers={workers}", *more
-        run = train(*chosen, folder=f"run{workers}")
-        states.append(torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
+@pytest.fixture
+def indeterminate() -> Iterator[None]:
+    """Lightning's `deterministic` stays on in the process."""
+    yield
     torch.use_deterministic_algorithms(False)
+
+
+LINEAR = "eval.linear={epochs:1,drop_epoch:1,size:64}"
+DETERMINISTIC = {
+    "plain": ["train.compile=false", "train.clip=1"],
+    "compiled": ["train.compile=true", "loss.mask=fg"],
+    "evaluated": ["train.compile=false", "eval=[linear,overcluster]", LINEAR, "eval.overcluster.k=4"],
+    "rotary": ["train.compile=false", "model=dinov3_vits16", "+model.arch={embed_dim:64,depth:2,num_heads:2}"],
+    "finetune": ["finetune.decoder=linear"],
+    "finetune, masks": ["finetune.decoder=mask_transformer", "finetune.clip=1"],
+}
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC)
+@pytest.mark.usefixtures("indeterminate")
+def test_deterministic_runs_repeat_bit_by_bit(train, finetune, case: str) -> None:
+    states, task = [], "finetune" if case.startswith("finetune") else "train"
+    for workers in (0, 2):
+        chosen = f"device={GPU.type}", f"{task}.deterministic=true", f"{task}.workers={workers}", *DETERMINISTIC[case]
+        run = {"train": train, "finetune": finetune}[task](*chosen, folder=f"run{workers}")
+        states.append(torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -175,15 +195,30 @@ def test_evaluations_are_the_cpus(inside) -> None:
     assert found["cpu"] and found[GPU.type] == pytest.approx(found["cpu"], abs=0.03)
 
 
-def test_neighbours_and_clusters_are_faiss() -> None:
+@pytest.mark.parametrize("engine", ["torch", "faiss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [64, 384, 1024])
+def test_neighbours_are_those_of_the_cpu(monkeypatch, engine: neighbours.Engine, dtype: torch.dtype, dim: int) -> None:
+    if engine == "faiss" and not neighbours.load_faiss().get_num_gpus():
+        pytest.skip("faiss without GPUs")
     generator = torch.Generator().manual_seed(0)
     memory, queries = (
-        torch.nn.functional.normalize(torch.randn(n, 64, generator=generator), dim=1) for n in (5000, 300)
+        torch.nn.functional.normalize(torch.randn(n, dim, generator=generator), dim=1) for n in (5000, 300)
     )
+    memory = memory.to(dtype)
     exact = Neighbours(memory, engine="faiss")(queries, 30)
-    found = Neighbours(memory, engine="torch", device=GPU)(queries, 30)
-    assert torch.allclose(found[0].cpu(), exact[0], atol=1e-5)
-    assert (found[1].cpu() == exact[1]).float().mean() > 0.999
+    for entries in (neighbours.GPU_ENTRIES, 1500):
+        monkeypatch.setattr(neighbours, "GPU_ENTRIES", entries)
+        search = Neighbours(memory, engine=engine, device=GPU)
+        found = search(queries, 30)
+        rounded = engine == "faiss" and dtype == torch.float16
+        assert torch.allclose(found[0].cpu(), exact[0], atol=1e-3 if rounded else 1e-5)
+        assert (found[1].cpu() == exact[1]).float().mean() > (0.95 if rounded else 0.999)
+        assert engine == "faiss" or search.scale is not None, "by tensor cores"
+
+
+def test_clusters_are_faiss() -> None:
+    generator = torch.Generator().manual_seed(0)
     points = torch.randn(6000, 16, generator=generator).numpy()
     how: dict = dict(iterations=30, restarts=3, sample=1000)
     ours, theirs = (kmeans(points, 20, engine=e, **how, **k) for e, k in (("torch", {"device": GPU}), ("faiss", {})))

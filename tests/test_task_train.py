@@ -572,6 +572,25 @@ def test_monitor_errors(train, options, message):
         train(*options)
 
 
+@pytest.mark.parametrize("precision", ("bf16", "fp32"))
+def test_a_fused_optimiser_gets_clipped_gradients(train, monkeypatch, precision):
+    norms = []
+
+    def fused(module):
+        def note(optimizer, *_):
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+        optimizer = torch.optim.AdamW(module.groups(), betas=module.optim_options.betas, fused=True)  # as on a GPU
+        optimizer.register_step_post_hook(note)
+        return optimizer
+
+    monkeypatch.setattr(PostTraining, "configure_optimizers", fused)
+    folder = train("train.clip=0.01", "train.steps=2", f"train.precision={precision}")
+    assert min(losses(folder, "grad_norm")) > 0.02, "before clipping"
+    assert norms == pytest.approx([0.01] * 2, rel=1e-3)
+
+
 def test_largest_batch_that_fits(train, monkeypatch, caplog):
     from neco.training import memory
 

@@ -4,8 +4,11 @@ Fake tensors know shapes and devices and hold nothing: what asks for a value (`i
 operation can be asked whether it moves anything between devices.
 """
 
+import inspect
 import traceback
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from neco import config
 from neco.augment import batched, colour
 from neco.augment.views import view_rng
+from neco.eval import base
 from neco.training.module import PostTraining, follow
 
 GPU = torch.device("cuda:0")
@@ -32,6 +36,7 @@ OPTIONS = {
     "other": ["loss.references=batch_other", "loss.mask=bg", "train.teacher=none", "augment.global_views=3"],
     "any": ["loss.references=batch_any", "loss.similarity=euclidean", "loss.network=odd_even", "train.lora_rank=2"],
     **{loss: [f"loss={loss}"] for loss in ("soft_ce", "infonce", "cosine", "gram", "paka", "leopart")},
+    "rotary": ["model=dinov3_vits16", "+model.arch={embed_dim:64,depth:2,num_heads:2}"],
     "shuffled": ["loss=shuffled", "train.blocks=1", "train.checkpoint_activations=true"],
 }
 
@@ -73,7 +78,7 @@ def build(options: list[str]) -> tuple[PostTraining, dict[str, Any]]:
     settings = config.load(*SMALL, "augment.colour=device", *options)
     torch.manual_seed(0)
     backbone = settings.build("model", drop_path=0.1)
-    views = settings.build("augment").resolve(8, 64)
+    views = settings.build("augment").resolve(backbone.patch, backbone.size)
     module = PostTraining(
         backbone, settings.build("head", dim=backbone.dim), settings.build("loss"),
         options=settings.spine["train"], optim=settings.spine["optim"], global_views=views.global_views, steps=10,
@@ -100,31 +105,43 @@ def imagine(values: Any) -> Any:
     return type(values)(*map(imagine, values))
 
 
+def place(module: nn.Module) -> None:
+    """Put a network on the imagined GPU."""
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(imagine(p), p.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, imagine(buffer))
+
+
+@pytest.fixture
+def imagined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A world with a GPU; nothing of it is kept."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda x: x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+    colour._statistics.cache_clear()
+    base._on.cache_clear()
+
+
 @needs_imagination
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, options: str) -> None:
+def test_a_step_waits_for_nothing(request: pytest.FixtureRequest, options: str) -> None:
     module, batch = build(OPTIONS[options])
-    monkeypatch.setattr(Tensor, "pin_memory", lambda x: x)
-    colour._statistics.cache_clear()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for part in module.modules():
-            for name, p in part.named_parameters(recurse=False):
-                setattr(part, name, nn.Parameter(imagine(p), p.requires_grad))
-            for name, buffer in part.named_buffers(recurse=False):
-                setattr(part, name, imagine(buffer))
-        module._device, batch = GPU, imagine(batch)
-        optimizer = module.configure_optimizers()
-        for step in range(2):  # the first may fill caches
-            with Waits() as waits:
-                loss = module.training_step(batch, step)
-                for p in module.student.parameters():
-                    p.grad = torch.empty_like(p) if p.requires_grad else None
-                module.on_before_optimizer_step(optimizer)
-                nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-                optimizer.step()
-                if module.teacher:
-                    follow(module.teacher, module.student, 0.9)
-    colour._statistics.cache_clear()
+    request.getfixturevalue("imagined")
+    place(module)
+    module._device, batch = GPU, imagine(batch)
+    optimizer = module.configure_optimizers()
+    for step in range(2):  # the first may fill caches
+        with Waits() as waits:
+            loss = module.training_step(batch, step)
+            for p in module.student.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+            module.on_before_optimizer_step(optimizer)
+            module.configure_gradient_clipping(optimizer, 1.0)
+            optimizer.step()
+            if module.teacher:
+                follow(module.teacher, module.student, 0.9)
     assert loss.device == GPU and optimizer.defaults["fused"]
     assert waits.found == []
 
@@ -137,6 +154,24 @@ def test_no_value_is_asked_for_in_a_step_with_its_backward_pass(options: str) ->
         module.training_step(batch, 0).backward()
         module.on_before_optimizer_step(optimizer)
     assert module.metrics["grad_norm"] > 0 and waits.found == []
+
+
+@needs_imagination
+@pytest.mark.parametrize("model", ["tiny", "dinov3_vits16"])
+def test_a_batch_is_begun_while_another_is_computed(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    backbone = config.load("task=embed", f"model={model}", "++model.arch.depth=1").build("model").eval()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock())
+    request.getfixturevalue("imagined")
+    place(backbone)
+    extract = base.Extract(workers=0)
+    for _ in range(2):
+        with Waits() as waits:
+            result = extract._begin(backbone, torch.zeros(2, 3, 64, 64, dtype=torch.uint8), base.STD)
+    assert waits.found == []
+    (features,) = (x for x in inspect.getclosurevars(result).nonlocals.values() if isinstance(x, Tensor) and x.ndim > 1)
+    assert features.device == GPU and features.is_contiguous(), "else the copy makes another on the GPU"
 
 
 @needs_imagination

@@ -4,6 +4,7 @@ Shapes: N images of a split, B of a batch, H W pixels of the input, h w patches,
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import math
@@ -407,14 +408,13 @@ class Extract:
     def _begin(self, backbone: PatchFeatures, images: Tensor, std: tuple[float, float, float]) -> Callable[[], Tensor]:
         """Start `forward`; what is returned waits for its result, but not for what a GPU is given to do after it."""
         device = self.place(backbone)
-        normal = [torch.tensor(value, device=device).reshape(3, 1, 1) for value in (MEAN, std)]
-        pixels = devices.send(images, device).float().div(255).sub(normal[0]).div(normal[1])
+        pixels = devices.send(images, device).float().div(255).sub(_on(device, MEAN)).div(_on(device, std))
         training = [part for part in _modules(backbone) if part.training]
         for part in training:
             part.training = False
         try:
             with torch.autocast(device.type, enabled=False), full_precision():
-                features = backbone(pixels).float()
+                features = backbone(pixels).float().contiguous()  # here, not by the copy
         finally:
             for part in training:
                 part.training = True
@@ -482,10 +482,21 @@ def _beside(device: torch.device, done: torch.cuda.Event | None) -> Iterator[Non
     if done is None:
         yield
         return
-    stream = torch.cuda.Stream(device)  # one of a pool
+    stream = _stream(device)
     stream.wait_event(done)
     with torch.cuda.stream(stream):
         yield
+
+
+@functools.cache  # memory is kept for each stream
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@functools.cache  # a fresh tensor each time would be a copy to the device that the host waits for
+def _on(device: torch.device, colours: tuple[float, float, float]) -> Tensor:
+    """A number for each colour, to compute with images (B, 3, H, W)."""
+    return torch.tensor(colours, device=device).reshape(3, 1, 1)
 
 
 def _modules(backbone: PatchFeatures) -> list[nn.Module]:

@@ -81,9 +81,10 @@ def project(
         for start, chunk in zip(range(0, len(rows), CHUNK), chunks(rows), strict=True):
             out[start : start + CHUNK] = pca.apply(standardise(chunk, mean, scale))
         return out
-    fitted = torch.from_numpy(sample).to(device).double()
-    centre = fitted.mean(0)
-    axes = torch.linalg.eigh((fitted - centre).T @ (fitted - centre))[1].flip(1)[:, :dims]
+    parts = [torch.from_numpy(chunk) for chunk in chunks(sample)]
+    centre = sum(part.to(device).double().sum(0) for part in parts) / len(sample)
+    centred = (part.to(device).double() - centre for part in parts)
+    axes = torch.linalg.eigh(sum(part.T @ part for part in centred))[1].flip(1)[:, :dims]
     for start, chunk in zip(range(0, len(rows), CHUNK), chunks(rows), strict=True):
         part = torch.from_numpy(standardise(chunk, mean, scale)).to(device).double()
         out[start : start + CHUNK] = ((part - centre) @ axes).float().cpu().numpy()

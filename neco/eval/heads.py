@@ -96,8 +96,9 @@ def load_head(path: str | Path) -> tuple[Head, dict[str, str], str]:
 
 def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
     """Mean over the labelled pixels of (B, C, G, G), (B, G, G); 0 where there are none (F.cross_entropy says NaN)."""
-    total = F.cross_entropy(logits, masks.long(), ignore_index=IGNORE, reduction="sum")
-    return total / (masks != IGNORE).sum().clamp(min=1)
+    # Its own sum has no fixed order.
+    each = F.cross_entropy(logits, masks.long(), ignore_index=IGNORE, reduction="none")
+    return each.sum() / (masks != IGNORE).sum().clamp(min=1)
 
 
 def regroup(parts: Iterable[Batch], sizes: Sequence[int], empty: Batch) -> Iterator[Batch]:

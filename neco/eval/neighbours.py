@@ -3,6 +3,7 @@
 Shapes: M memory entries, Q queries, D channels, k neighbours.
 """
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from neco import devices
 from neco.errors import NecoError
+
+log = logging.getLogger(__name__)
 
 Engine = Literal["faiss", "torch"]
 SIMILARITIES, ENTRIES = 2**26, 2**16  # the torch engine holds so many at a time, of so many entries
@@ -94,29 +97,41 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, places.gather(1, order)
 
 
-def halves(x: Tensor, order: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(M, D) as float16 (M, 3D) and its scale, so that products of float16 with sums in float32 are those of float32.
+def halves(x: Tensor, scale: Tensor, order: Sequence[int]) -> Tensor:
+    """x (M, D) times scale (M or 1, 1) as float16 (M, 3D) whose products, summed in float32, are those of float32.
 
     A float32 is the sum of two float16, a high and a low one, but for the last two of its 24 bits. Of the four products
     of two sums the least is left out, and the others are one of three times the length: tensor cores make
-    that in a fraction of the time of float32's own. `order` of high (0) and low (1) is (0, 0, 1) for one factor and
-    (0, 1, 0) for the other.
+    that in a fraction of the time of float32's own. `order` of high (0) and low (1) is (0, 1, 0) for one factor and
+    (1, 0, 0) for the other: small products come first, as tensor cores cut what they add to a larger sum.
     """
-    # the largest near 2^8, by a power of two: far from float16's largest number, low parts far from its least
-    scale = torch.exp2(8 - x.abs().amax().float().clamp(min=1e-30).log2().ceil())
     parts = torch.empty(len(x), 3 * x.shape[1], dtype=torch.float16, device=x.device)
-    for rows, out in zip(x.split(ENTRIES), parts.split(ENTRIES), strict=True):
-        high = (scaled := rows.float() * scale).half()
+    for rows, factor, out in zip(*(t.split(ENTRIES) for t in (x, scale.expand(len(x), 1), parts)), strict=True):
+        high = (scaled := rows.float() * factor).half()
         both = high, (scaled - high.float()).half()
         torch.cat([both[i] for i in order], 1, out=out)
-    return parts, scale
+    return parts
+
+
+def _scale(x: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    """For `halves`: powers of two that bring the largest to 2^8, far from float16's largest, low parts from its least.
+
+    One for all (dim = (0, 1)) or for each row (dim = 1).
+    """
+    largest = torch.maximum(x.amax(dim, keepdim=True), -x.amin(dim, keepdim=True)).float()
+    return torch.exp2(8 - largest.clamp(min=1e-30).log2().ceil())
 
 
 def _splits(memory: Tensor) -> bool:
     """Whether products of its `halves` are to be had where it is, and there is room for them."""
-    if memory.device.type != "cuda" or "dtype" not in torch.ops.aten.mm.overloads():  # before torch 2.8
+    if not memory.numel() or memory.device.type != "cuda" or "dtype" not in torch.ops.aten.mm.overloads():  # torch 2.7
         return False
-    return 3 * memory.numel() * torch.float16.itemsize < torch.cuda.mem_get_info(memory.device)[0] // 2
+    kept = torch.cuda.memory_reserved(memory.device) - torch.cuda.memory_allocated(memory.device)  # by torch, unused
+    free = torch.cuda.mem_get_info(memory.device)[0] + kept
+    if room := 3 * memory.numel() * torch.float16.itemsize < free // 2:
+        return room
+    log.info("a memory of %d entries leaves no room for its halves: products in float32 take longer", len(memory))
+    return False
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -127,11 +142,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 class Neighbours:
     """The `k` entries of a memory with the largest inner product with each query.
 
-    A flat search is exact for the memory as it is stored, with either engine; products are made in float32.
+    A flat search is exact for the memory as it is stored, with either engine; products are made in float32. Only faiss
+    on a GPU rounds the queries, too, to float16 where the memory is that.
 
     Args:
         memory: (M, D) float32 or float16, also memory-mapped (see `bank`); kept, not copied, by the CPU engines.
-        engine: `faiss`, on the GPUs when `device` is one and faiss was built for them; or `torch`.
+        engine: `faiss`, on `device` where that is a GPU and faiss was built for them; or `torch`.
         device: where the torch engine works.
         cells: 0 = flat. Else faiss's inverted file of so many cells, of which `probes` are searched: faster, and not
             all neighbours are found.
@@ -157,11 +173,13 @@ class Neighbours:
         self.memory = memory.contiguous().to(self.device)
         self.scale = None  # of a memory in `halves`
         if engine == "torch" and _splits(self.memory):
-            self.memory, self.scale = halves(self.memory, (0, 1, 0))
+            self.scale = _scale(self.memory, (0, 1))
+            self.memory = halves(self.memory, self.scale, (1, 0, 0))
         self.index = None
-        gpus = engine == "faiss" and torch.device(device).type == "cuda" and load_faiss().get_num_gpus()
-        if cells or gpus:
-            self.index = self._built(cells, probes, bool(gpus))
+        place = torch.device(device)
+        gpu = engine == "faiss" and place.type == "cuda" and load_faiss().get_num_gpus() > 0
+        if cells or gpu:
+            self.index = self._built(cells, probes, place if gpu else None)
 
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Queries float32 (Q, D) -> similarities (Q, k), largest first, and int64 indices (Q, k), on `self.device`.
@@ -225,8 +243,8 @@ class Neighbours:
     def _nearest(self, queries: Tensor, block: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k = min(k, len(block))
         if self.scale is not None:
-            parts, scale = halves(queries, (0, 0, 1))
-            values, places = largest(_product(parts, block), k)
+            scale = _scale(queries, 1)
+            values, places = largest(_product(halves(queries, scale, (0, 1, 0)), block), k)
             return values / (scale * self.scale), places
         if self.engine == "torch":
             return largest(queries @ block.float().T, k)
@@ -240,7 +258,7 @@ class Neighbours:
             return len(self.memory)
         return GPU_ENTRIES if self.device.type == "cuda" else ENTRIES
 
-    def _built(self, cells: int, probes: int, gpus: bool) -> Any:
+    def _built(self, cells: int, probes: int, gpu: torch.device | None) -> Any:
         """A faiss index of the memory, which stores float16 as that."""
         faiss, half, (rows, dim) = load_faiss(), self.memory.dtype == torch.float16, self.memory.shape
         kind = (f"IVF{cells}," if cells else "") + ("SQfp16" if half else "Flat")
@@ -249,12 +267,14 @@ class Neighbours:
             sample = torch.linspace(0, rows - 1, min(rows, SAMPLE * cells), dtype=torch.float64).long()
             index.train(self.memory[sample].float().numpy())
             index.nprobe = min(probes, cells)
-        if gpus:
+        if gpu:
+            torch.cuda.empty_cache()  # faiss could not use what torch keeps
             options = faiss.GpuMultipleClonerOptions()
-            options.shard, options.useFloat16 = True, half
-            # a process among several has a GPU and a part of the memory of its own
-            own = [torch.cuda.current_device()] if devices.world() > 1 else None
-            index = faiss.index_cpu_to_gpus_list(index, co=options, gpus=own)
-        for start in range(0, rows, ENTRIES):
-            index.add(self.memory[start : start + ENTRIES].float().numpy())
+            options.useFloat16 = half
+            number = torch.cuda.current_device() if gpu.index is None else gpu.index
+            index = faiss.index_cpu_to_gpus_list(index, co=options, gpus=[number])
+        # A flat index of a GPU is copied whenever it grows: it gets all at once, or what float32 there is room for.
+        size = ENTRIES if cells else GPU_ENTRIES if half else rows
+        for start in range(0, rows, size):
+            index.add(self.memory[start : start + size].float().numpy())
         return index

@@ -127,6 +127,7 @@ class Backbone(nn.Module):
         self.depth = len(self.net.blocks)
         self.size, self.pos_interp, self.weights = size, pos_interp, weights
         self.recompute = False
+        self.rotary: dict[tuple[Any, ...], Tensor] = {}  # embeddings by the size of the grid
         self.spec: dict[str, Any] = dict(name=name, size=size, pos_interp=pos_interp, registers=registers, arch=arch)
         if inputs == "clip":
             self.spec["inputs"] = inputs
@@ -215,8 +216,21 @@ class Backbone(nn.Module):
             if own:
                 prefix = [torch.cat(prefix, 1) + net.pos_embed[:, :own]]
         tokens = torch.cat([*(token.expand(batch, -1, -1) for token in prefix), tokens], 1)
-        rope = getattr(net, "rope", None)
-        return net.norm_pre(tokens), None if rope is None else rope.get_embed(shape=(h, w)), (h, w)
+        return net.norm_pre(tokens), self._rotary(h, w), (h, w)
+
+    @torch.inference_mode(False)  # a tensor that a later gradient may meet
+    def _rotary(self, h: int, w: int) -> Tensor | None:
+        """Rotary embedding of a grid or None; kept: timm makes it on the CPU, and a GPU's host would wait for that."""
+        rope = getattr(self.net, "rope", None)
+        if rope is None:
+            return None
+        if isinstance(h, torch.SymInt) or isinstance(w, torch.SymInt) or (self.training and rope.aug_active):
+            return rope.get_embed(shape=(h, w))
+        place = next(rope.buffers())
+        key = h, w, place.device, place.dtype
+        if key not in self.rotary:
+            self.rotary = {**dict([*self.rotary.items()][-7:]), key: rope.get_embed(shape=(h, w))}
+        return self.rotary[key]
 
     def _patches(self, tokens: Tensor, h: int, w: int) -> Tensor:
         return self.net.norm(tokens)[:, self.prefix :].unflatten(1, (h, w))

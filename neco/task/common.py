@@ -31,7 +31,11 @@ def choose_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one. Raises NecoError when a GPU is asked for and none is there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise NecoError("device=cuda: no GPU is available here; use device=auto or device=cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (local := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
+        torch.cuda.set_device(local)  # else whatever is tried before the processes meet takes memory of the first GPU
+    return torch.device("cuda")
 
 
 def check_devices(options: Trainings, device: torch.device) -> None:

@@ -253,7 +253,8 @@ class Run:
 
 def bf16(options: Trainings, device: torch.device) -> bool:
     """Whether products are taken in bfloat16."""
-    return options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return options.precision == "bf16" or (options.precision == "auto" and able)
 
 
 def announce(lines: Mapping[str, str]) -> None:

@@ -101,6 +101,14 @@ class Module(pl.LightningModule, ABC):
         self.note_broken(1, norm)
         self.metrics["grad_norm"] = norm
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """By torch: Lightning clips nothing in bfloat16 for a fused optimiser, as if its gradients were scaled."""
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         step = self.global_step
         optim.schedule(optimizer, step, self.steps, self.optim_options.weight_decay, self.optim_options.power)

@@ -57,4 +57,6 @@ def _missing(options: Train, device: torch.device) -> str:
         return "there is no C++ compiler (g++, clang++ or what CXX names)"
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
         return "triton is not installed"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return "the GPU is older than what Triton works on"
     return ""
