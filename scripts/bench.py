@@ -56,7 +56,7 @@ GPU = {
     ),
     "features": (
         "Evaluation at its full size",
-        ["bench_features.py retrieval kmeans extract --repeats 1 --images 1000"],
+        ["bench_features.py retrieval kmeans extract --repeats 1"],
     ),
 }
 

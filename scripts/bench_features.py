@@ -4,7 +4,8 @@ retrieval  `--queries` patches against a memory of `--entries` by the torch engi
            has to find the same neighbours of a sample of them
 kmeans     `--rows` points of 50 channels into 500 clusters, all points, by the torch engine, and by faiss on the CPU
            with `--beside`: their objectives agree to 0.5%
-extract    patch features of `--images` drawn photographs, decoding included, beside forward passes alone
+extract    patch features of `--images` drawn photographs, decoding included, beside forward passes alone; at least
+           2,000, so that what workers read while they start counts for little
 
     python scripts/bench_features.py retrieval kmeans extract          # sizes of Pascal VOC, for a GPU
     python scripts/bench_features.py retrieval --small                 # anywhere
@@ -34,19 +35,26 @@ from neco.results import columns
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 K = 30
-SMALL = {"entries": 4096, "queries": 2048, "rows": 4000, "clusters": 20, "images": 8, "repeats": 1, "size": 112}
+SMALL = {"entries": 4096, "queries": 2048, "rows": 4000, "clusters": 20, "images": 8, "batch": 2, "repeats": 1, "size": 112}
 
 
-def timed(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """Median seconds of so many calls after a first one, and what the last gave."""
+def timed(call: Callable[[], Any], repeats: int, first: Callable[[], Any] | None = None) -> tuple[float, Any]:
+    """Median seconds of so many calls after a `first` one, and what the last gave."""
     seconds = []
-    for _ in range(repeats + 1):
+    (first or call)()
+    for _ in range(repeats):
+        wait()
         start = time.perf_counter()
         result = call()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]), result
+    return statistics.median(seconds), result
+
+
+def wait() -> None:
+    """For what a GPU was given to do."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def clustered(rows: int, dim: int, seed: int) -> Tensor:
@@ -63,7 +71,7 @@ def retrieval(options: argparse.Namespace) -> list[str]:
         F.normalize(clustered(n, 384, s), dim=1) for s, n in enumerate((options.entries, options.queries))
     )
     search = Neighbours(memory, engine="torch", device=DEVICE)
-    seconds, (values, _) = timed(lambda: search(queries, K), options.repeats)
+    seconds, (values, _) = timed(lambda: search(queries, K), options.repeats, lambda: search(queries[:4096], K))
     sample = torch.linspace(0, len(queries) - 1, min(1024, len(queries))).long()
     exact, _ = Neighbours(memory.cpu(), engine="faiss")(queries.cpu()[sample], K)
     worst = float((values[sample].cpu() - exact).abs().max())
@@ -100,15 +108,18 @@ def extract(options: argparse.Namespace) -> list[str]:
         samples = dataset.samples("train")
         reader = Extract(batch_size=options.batch, workers=options.workers)
 
-        def read() -> int:
+        def read() -> float:
+            """Images a second, from the first batch on: the workers' start is left out."""
             parts = reader.stream(backbone, dataset, samples, options.size, nearest=None)
-            return sum(len(maps) for _, maps, _ in parts)
+            next(parts)
+            start = time.perf_counter()
+            return sum(len(maps) for _, maps, _ in parts) / (time.perf_counter() - start)
 
-        seconds, count = timed(read, options.repeats)
+        rate = statistics.median(read() for _ in range(options.repeats))
     pixels = torch.randn(options.batch, 3, options.size, options.size, device=DEVICE)
     with torch.no_grad(), full_precision():
         alone, _ = timed(lambda: backbone(pixels), 5 * options.repeats)
-    rate, forward = count / seconds, options.batch / alone
+    forward = options.batch / alone
     what = f"extraction: {options.model} at {options.size}, {options.workers} workers"
     return [what, f"{rate:.1f} images/s", f"forward alone {forward:.1f} images/s: {rate / forward:.0%}"]
 
@@ -130,6 +141,8 @@ def main() -> None:
     if options.small:
         parser.set_defaults(**SMALL)
         options = parser.parse_args()
+    if options.images <= options.batch:
+        parser.error(f"--images {options.images}: more than a batch ({options.batch}) are wanted")
     rows = [["what", "measured", "beside it"]]
     rows += [{"retrieval": retrieval, "kmeans": clustering, "extract": extract}[what](options) for what in options.what]
     print(f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}, median of {options.repeats}\n")

@@ -55,7 +55,7 @@ def run(
     context, found = multiprocessing.get_context("fork"), []
     while len(found) < len(trials):
         ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(theirs, trials[len(found) :], act, memory, seconds))
+        child = context.Process(target=_child, args=(ours, theirs, trials[len(found) :], act, memory, seconds))
         child.start()
         theirs.close()
         while len(found) < len(trials):
@@ -75,7 +75,10 @@ def run(
     return found
 
 
-def _child(pipe: Connection, trials: Sequence[Any], act: Callable[[Any], str], memory: int, seconds: float) -> None:
+def _child(
+    parents: Connection, pipe: Connection, trials: Sequence[Any], act: Callable[[Any], str], memory: int, seconds: float
+) -> None:
+    parents.close()  # else it would go on without its parent
     logging.disable(logging.CRITICAL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where libtiff writes
     warnings.simplefilter("ignore")
