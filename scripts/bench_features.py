@@ -35,7 +35,9 @@ from neco.results import columns
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 K = 30
-SMALL = {"entries": 4096, "queries": 2048, "rows": 4000, "clusters": 20, "images": 8, "batch": 2, "repeats": 1, "size": 112}
+SMALL = {
+    "entries": 4096, "queries": 2048, "rows": 4000, "clusters": 20, "images": 8, "batch": 2, "repeats": 1, "size": 112,
+}  # fmt: skip
 
 
 def timed(call: Callable[[], Any], repeats: int, first: Callable[[], Any] | None = None) -> tuple[float, Any]:
