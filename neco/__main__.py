@@ -46,7 +46,7 @@ def usage() -> str:
 HYDRA = ("hydra/launcher", "hydra/sweeper")
 MODES = {"-m", "--multirun", "-c", "--cfg", "--info"}
 # What a disk does to a run
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EISDIR}
 started = False
 failure: NecoError | None = None
 
@@ -252,6 +252,11 @@ def extend_hydra() -> None:
 def main() -> None:
     """Entry: exit code 0, 1 for a fault of the program (with traceback), 2 for what the user can put right."""
     arguments = sys.argv[1:]
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started it
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115
+    with contextlib.suppress(RuntimeError):  # nobody's home
+        os.environ.setdefault("HOME", str(Path.home()))  # the configuration asks for it
     if not arguments or {"--help", "-h"} & set(arguments):
         print(usage())
         return

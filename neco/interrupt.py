@@ -1,6 +1,7 @@
 """Signals: an end that says how to go on. Training puts it off to the end of the step, to save that.
 
-Ctrl-C, SIGTERM, and SIGUSR2, by which SLURM and submitit say that a job's time is nearly up.
+Ctrl-C, SIGTERM, SIGUSR2, by which SLURM and submitit say that a job's time is nearly up, and SIGHUP, when a terminal is
+gone; that one not under `nohup`.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 GRACE = 30  # seconds that a data worker goes on after a SIGTERM, which may be meant for its parent
 
@@ -38,14 +39,16 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if not _waits or meant:
         raise Interrupted(number)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        os.write(2, b"\nstopping when this step is done and saved; once more: at once\n\n")  # a bar takes a line back
+        with contextlib.suppress(OSError):  # a terminal that is gone; a bar takes a line back
+            os.write(2, b"\nstopping when this step is done and saved; once more: at once\n\n")
 
 
 def listen() -> None:
     """Take the signals, also from whoever took them since."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
-            signal.signal(number, _handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _handle)
 
 
 @contextlib.contextmanager
@@ -102,5 +105,6 @@ def ignore(worker: int) -> None:
     """For data workers: they end when their parent does, or some time after they were told to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))

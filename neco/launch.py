@@ -211,8 +211,9 @@ def recorded(folder: Path, said: dict[str, Any]) -> bool:
     """Whether the results of a job that gave a number are there and can be read."""
     try:
         return said.get("objective") is None or bool(Results(folder, writes=False).records)
-    except NecoError as error:
-        say(f"again        {error}")
+    except NecoError:
+        aside = (damaged := folder / "results.json").replace(folder / "results.damaged.json")
+        say(f"again        {damaged} is damaged: kept as {aside.name}")
         return False
 
 

@@ -43,6 +43,18 @@ def test_one_that_is_swallowed_is_raised_again():
         interrupt.check()
 
 
+def test_a_hangup_counts_but_under_nohup():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            with pytest.raises(interrupt.Interrupted) if stops else contextlib.nullcontext(), interrupt.handled():
+                signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_held_back_in_a_block():
     with pytest.raises(interrupt.Interrupted), interrupt.held():
         send()

@@ -76,9 +76,9 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def tracker(folder: Path, step: int = 0) -> Csv:
+def tracker(folder: Path, step: int = 0, rows: int | None = None) -> Csv:
     csv = Csv()
-    csv.start(About(folder, step, {}, "", None, []))
+    csv.start(About(folder, step, {}, "", None, [], rows))
     return csv
 
 
@@ -93,6 +93,28 @@ def test_csv_has_each_step_once_after_a_resume(tmp_path):
     found = rows(tmp_path / "metrics.csv")
     assert [row["step"] for row in found] == ["1", "2", "3"]
     assert found[-1] == {"step": "3", "loss": "0.35", "new": "1"} and found[0]["new"] == ""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "left", "kept"),
+    [
+        (lambda text: text.replace(b"2,0.2", b"2,0.\xff"), ["1", "3", "4"], True),
+        (lambda text: text.replace(b"2,0.2", b"\0\0\0\0\0"), ["1", "3", "4"], True),
+        (lambda text: text.replace(b"step", b"st\xfep"), [], True),
+        (lambda text: b"", [], False),
+        (lambda text: text.replace(b"2,0.2\r\n", b""), ["1", "3", "4"], False),
+    ],
+)
+def test_damaged_lines_are_set_aside_and_missing_ones_told(tmp_path, caplog, spoil, left, kept):
+    log, path, aside = tracker(tmp_path), tmp_path / "metrics.csv", tmp_path / "metrics.damaged.csv"
+    for step in (1, 2, 3, 4):
+        log.metrics({"loss": step / 10}, step)
+    path.write_bytes(damaged := spoil(path.read_bytes()))
+    log = tracker(tmp_path, 4, rows=4)
+    log.metrics({"loss": 0.5}, 5)
+    assert [row["step"] for row in rows(path)] == [*left, "5"]
+    assert f"metrics.csv has {len(left)} of the 4 rows up to step 4" in caplog.text
+    assert aside.read_bytes() == damaged if kept else not aside.exists()
 
 
 def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -163,7 +163,9 @@ def test_done_before_means_with_these_weights_and_results(inside, tmp_path):
         assert code == 0 and "done before  out/seed-0" not in said and (tmp_path / "out/seed-0/results.json").is_file()
     (tmp_path / "out/seed-0/results.json").write_text("[{")
     code, said = inside(*job)
-    assert code == 2 and "out/seed-0: failed: " in said and "results.json is damaged" in said
+    assert code == 0 and "out/seed-0/results.json is damaged: kept as results.damaged.json" in said
+    assert (tmp_path / "out/seed-0/results.damaged.json").read_text() == "[{"
+    assert "done before  out/seed-0" in inside(*job)[1]
 
 
 def test_what_another_job_says_in_the_folder_is_not_taken_for_ours(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -259,6 +260,18 @@ def test_a_run_with_its_card(form, trained, tmp_path, inside, monkeypatch):
             images = torch.randn(shape)
             same([torch.from_numpy(session.run(None, {"images": images.numpy()})[0])], ours(images))
         assert weights_hash(ours) in session.get_modelmeta().custom_metadata_map["neco"]
+
+
+@pytest.mark.parametrize("text", [None, "[1]", "{}", "{"])
+def test_a_card_without_an_environment(trained, tmp_path, inside, text):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run/environment.json").unlink()
+    if text:
+        (tmp_path / "run/environment.json").write_text(text)
+    status, said = inside("task=export", "checkpoint=run", "weights=teacher", "format=safetensors", "run_dir=out")
+    assert status == 0, said
+    assert ("environment.json says not where it was trained" in said) == (text != "{}")
+    assert "`dataset=unknown`" in (tmp_path / "out/README.md").read_text()
 
 
 def test_the_card_of_a_published_network_names_its_option(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -191,13 +192,67 @@ def test_a_damaged_checkpoint_is_named_and_what_else_is_kept(train, tmp_path, co
     assert state(train("train.save_epochs=1", "train.steps=6", f"train.resume={kept}"))["global_step"] == 6
 
 
+def test_without_its_last_checkpoint_a_run_goes_on_from_what_is_kept(train, caplog):
+    folder = train("train.save_epochs=1", "train.steps=6")
+    kept = {path: path.read_bytes() for path in folder.glob("checkpoints/epoch_*.ckpt")}
+    (folder / "checkpoints/last.ckpt").unlink()
+    with pytest.raises(NecoError, match=r"resume=never, but .*epoch_0001\.ckpt exists"):
+        train("train.resume=never")
+    caplog.set_level("INFO")
+    assert state(train("train.save_epochs=1", "train.steps=6"))["global_step"] == 6
+    assert re.search(r"last\.ckpt is gone: going on from .*epoch_0001\.ckpt", caplog.text) and kept
+    assert "step 3 of" in caplog.text and {path: path.read_bytes() for path in kept} == kept
+    assert [int(row["step"]) for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_that_were_lost_are_told_when_the_run_goes_on(train, caplog):
+    folder = train("train.save_epochs=1")
+    rows = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    (folder / "metrics.csv").write_text("".join(rows[:2] + rows[3:]))
+    train("train.save_epochs=1", "train.steps=6", f"train.resume={folder}/checkpoints/last.ckpt")
+    assert "metrics.csv has 3 of the 4 rows up to step 4" in caplog.text
+    caplog.clear()
+    train("train.save_epochs=1", "train.steps=8", f"train.resume={folder}/checkpoints/last.ckpt")
+    assert "metrics.csv has 5 of the 6 rows up to step 6" in caplog.text
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(train):
+    folder = train("train.save_epochs=1", "train.steps=6")
+    held = state(folder)
+    held["state_dict"]["student.backbone.net.norm.weight"][3] = torch.nan
+    torch.save(held, folder / "checkpoints/last.ckpt")
+    with pytest.raises(
+        NecoError, match=r"last\.ckpt holds weights that are not finite \(student.*kept are: .*epoch_0001"
+    ):
+        train("train.save_epochs=1", "train.steps=6")
+
+
+def test_a_damaged_configuration_is_named(train):
+    folder = train()
+    (folder / "config.yaml").write_text("")
+    with pytest.raises(NecoError, match=r"config\.yaml is damaged: remove it, and the same command goes on"):
+        train()
+    (folder / "config.yaml").unlink()
+    assert state(train())["global_step"] == 4
+
+
+def test_closed_descriptors_and_no_home_are_no_matter(tmp_path, cache):
+    small = [*SMALL, "train.steps=2", "report=false"]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    shell = (
+        f"exec {shlex.join([sys.executable, '-m', 'neco', *small, 'run_dir=run', f'cache_dir={cache}'])} >&- 2>&- <&-"
+    )
+    assert subprocess.run(["sh", "-c", shell], cwd=tmp_path, env=environment, timeout=300).returncode == 0
+    assert state(tmp_path / "run")["global_step"] == 2 and "wrote" in (tmp_path / "run/log.txt").read_text()
+
+
 @pytest.mark.slow
 def test_a_signal_ends_the_run_saved_and_says_how_to_go_on(tmp_path, cache):
     """To the whole process group, as a terminal and SLURM send it."""
     env = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*SMALL, "run_dir=run", "train.steps=400", "train.workers=2", "train.save_minutes=60"]
     rows = tmp_path / "run" / "metrics.csv"
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
         process = subprocess.Popen(
             [sys.executable, "-m", "neco", *command], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True,
             start_new_session=True,

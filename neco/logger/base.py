@@ -6,7 +6,7 @@ The keys are the same in every tracker and stay so; docs/tracking.md lists them.
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ class About:
         name: the overrides; in a multirun those that are this job's own.
         group: the folder of the multirun, if it is one.
         tags: the options chosen for model, dataset and loss.
+        rows: so many were there at this step; None where that is not known.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class About:
     name: str
     group: str | None
     tags: Sequence[str]
+    rows: int | None = None
 
 
 class Tracker:
@@ -86,15 +88,15 @@ class Trackers:
 
     Args:
         store: the run's results; a process that does not write them has no trackers.
-        step: that the run goes on from.
+        step: that the run goes on from; `rows`: how many of metrics there were.
     """
 
-    def __init__(self, settings: Settings, store: Results, step: int = 0) -> None:
+    def __init__(self, settings: Settings, store: Results, step: int = 0, rows: int | None = None) -> None:
         from neco.logger.guard import Guard
 
         self.store, built = store, settings.build_all("logger") if store.writes else {}
         self.each = [Guard(name, each) if each.wait is not None else each for name, each in built.items()]
-        self.tell("start", about(settings, store.path.parent, step))
+        self.tell("start", replace(about(settings, store.path.parent, step), rows=rows))
 
     def tell(self, event: str, *values: Any) -> None:
         """To all of them."""

@@ -1,12 +1,33 @@
 """metrics.csv: one row a logged step, one column a metric."""
 
 import csv
+import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from neco import files
 from neco.logger.base import About, Tracker
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+
+def read(path: Path) -> tuple[list[str], list[Row]]:
+    """The columns and rows of a metrics.csv, damaged ones too."""
+    with path.open(newline="", errors="replace") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    return list(reader.fieldnames or []), rows
+
+
+def is_sound(row: Row) -> bool:
+    """Whether it is a step and numbers, all that there are columns for."""
+    try:
+        return int(row["step"]) >= 0 and all(value == "" or float(value) is not None for value in row.values())
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 class Csv(Tracker):
@@ -18,31 +39,30 @@ class Csv(Tracker):
     def start(self, about: About) -> None:
         """Evaluations have results.json, the configuration has config.yaml."""
         self.path, self.fields = about.folder / "metrics.csv", []
+        kept = []
         if self.path.is_file():
-            with self.path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            kept = [
-                row
-                for row in rows
-                if (row.get("step") or "").isdigit() and int(row["step"]) <= about.step and None not in row.values()
-            ]
-            self.fields = list(rows[0]) if rows else []
+            self.fields, rows = read(self.path)
+            sound = [row for row in rows if is_sound(row)]
+            if any(row not in sound for row in rows[:-1]):  # a kill may leave half of the last
+                aside = self.path.with_name("metrics.damaged.csv")
+                shutil.copyfile(self.path, aside)
+                log.warning("%s is damaged: kept as %s, here without the lines that cannot be read", self.path, aside)
+            kept = [row for row in sound if int(row["step"]) <= about.step]
             self._rewrite(kept)
+        if len(kept) < (about.rows or 0):
+            log.warning("%s has %d of the %d rows up to step %d", self.path, len(kept), about.rows, about.step)
 
     def metrics(self, row: Mapping[str, float], step: int) -> None:
         """Append a row; a metric not seen before adds a column."""
         whole = {"step": step, **row}
         if new := [name for name in whole if name not in self.fields]:
-            rows: list[dict[str, Any]] = []
-            if self.path.is_file():
-                with self.path.open(newline="") as file:
-                    rows = list(csv.DictReader(file))
+            rows = read(self.path)[1] if self.path.is_file() else []
             self.fields += new
             self._rewrite(rows)
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.fields, restval="").writerow(whole)
 
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+    def _rewrite(self, rows: list[Row]) -> None:
         with files.whole(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.fields, restval="")
             writer.writeheader()

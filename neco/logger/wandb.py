@@ -1,7 +1,6 @@
 """Weights & Biases: one W&B run a run folder, online or kept for `wandb sync`."""
 
 import contextlib
-import csv
 import logging
 import netrc
 import os
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from neco.logger import base
+from neco.logger import base, csv
 from neco.logger.base import About, Ended, Table, Tracker
 from neco.results import write
 from neco.values import PositiveFloat
@@ -100,9 +99,7 @@ class Wandb(Tracker):
         path = about.folder / "metrics.csv"
         if not about.step or not path.is_file():
             return
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if None not in (*row, *row.values())]
-        for row in rows:
+        for row in filter(csv.is_sound, csv.read(path)[1]):
             step = int(row.pop("step"))
             if first <= step <= about.step:
                 self.run.log({name: float(value) for name, value in row.items() if value}, step=step)

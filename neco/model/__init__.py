@@ -25,7 +25,7 @@ def last_checkpoint(source: str) -> str:
     if source.endswith(".onnx") or (folder / "model.onnx").is_file():
         raise NecoError(f"{source} is an ONNX program, which onnxruntime runs; here take another format of it")
     if (folder / "results.json").is_file() and not last.parent.is_dir():
-        raise NecoError(f"{source} holds an evaluation, no weights: name what it evaluated")
+        raise NecoError(f"{source} holds an evaluation, no weights: name what it evaluated; or it lost checkpoints/")
     if (folder / "config.yaml").is_file():
         raise NecoError(f"{source} is a run without a checkpoint: no {last}; it stopped before its first save")
     return source

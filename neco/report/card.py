@@ -160,11 +160,11 @@ def _training(training: Training) -> str:
     place = training.environment
     which = "" if training.which == "auto" else f" ({training.which})"
     start = training.start if "://" in training.start else training.start.rpartition("/")[2]
-    data = place["choices"]["dataset"]
+    data, packages = (place.get("choices") or {}).get("dataset", "unknown"), place.get("packages") or {}
     text = (
         f"{TASKS[training.task]}, on the images of `dataset={data}`, starting from `{start}`{which}. "
-        f"neco {place['packages'].get('neco')}, revision {place['git'] or 'unknown'}, "
-        f"torch {place['packages']['torch']}, on {place['device']}."
+        f"neco {packages.get('neco')}, revision {place.get('git') or 'unknown'}, "
+        f"torch {packages.get('torch')}, on {place.get('device')}."
     )
     rows = [[f"`{key}`", _value(value), _value(default)] for key, (value, default) in training.differs.items()]
     if not rows:

@@ -71,6 +71,8 @@ def locked(folder: Path, task: str) -> Iterator[None]:
     config = folder / "config.yaml"
     if config.is_file() and f"task: {task}\n" not in (text := config.read_text(errors="replace")):
         held = re.search(r"^task: (\w+)$", text, re.MULTILINE)
+        if not held and (folder / "checkpoints").is_dir():
+            raise NecoError(f"{config} is damaged: remove it, and the same command goes on with the run")
         what = f"a run of task={held.group(1)}" if held else "a config.yaml of something else"
         raise NecoError(f"run_dir={folder} holds {what}; give task={task} a folder of its own")
     with (folder / ".lock").open("w") as file:

@@ -116,7 +116,11 @@ def trained(run: Path | None) -> card.Training | None:
         for key, value in here.items()
         if value != defaults.get(key) and not UNTOLD & {*_parents(key)} and key.rpartition(".")[2] not in PATHS
     }
-    environment = json.loads((run / "environment.json").read_text())
+    try:
+        environment = dict(json.loads((run / "environment.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        log.warning("%s says not where it was trained: %s", run / "environment.json", error)
+        environment = {}
     start = held["checkpoint"] or held["model"]["weights"]
     return card.Training(held["task"], start, held["weights"], shown, environment)
 

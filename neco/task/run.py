@@ -5,7 +5,6 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,9 @@ class Run:
             results.note_choice(output, **(choices or {}))
         self.store = results.Results(output, writes=self.leads)
         self.store.drop_after(self.done)
-        self.trackers = Trackers(settings, self.store, self.done)
+        rows = sources.contents(self.resume)["neco"].get("rows") if self.resume else 0
+        self.saved["rows"] = rows
+        self.trackers = Trackers(settings, self.store, self.done, rows)
 
     def __enter__(self) -> "Run":
         return self
@@ -150,6 +151,12 @@ class Run:
             self.settings, self.trackers, networks, dict.fromkeys(networks, about), dataset, name, self.device,
             step=step, epoch=round(self.plan.epoch(step), 4), evaluations=evaluations,
         )  # fmt: skip
+
+    def note(self, row: Mapping[str, float], step: int) -> None:
+        """Tell the trackers a step's numbers; checkpoints say how many rows there were."""
+        self.trackers.tell("metrics", row, step)
+        if self.saved["rows"] is not None:  # in those of before nothing was said
+            self.saved["rows"] += 1
 
     def fit(
         self,
@@ -185,7 +192,7 @@ class Run:
             deterministic=options.deterministic and device.type == "cuda",
             callbacks=[
                 bad,
-                Loop(plan, self.checkpoints, evaluated, partial(self.trackers.tell, "metrics"), at_start),
+                Loop(plan, self.checkpoints, evaluated, self.note, at_start),
                 peers,
             ],
             logger=False,
@@ -290,20 +297,27 @@ def check_resume(options: Trainings) -> None:
 def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
     """The checkpoint to go on from, or None. Raises NecoError where going on would be another run."""
     resume, key = options.resume, f"{options.node}.resume"
+    others = sorted({*last.parent.glob("epoch_*.ckpt"), *last.parent.glob("best*.ckpt")})
     if resume == "never":
-        if last.is_file():
-            raise NecoError(f"{key}=never, but {last} exists: choose another run_dir, or {key}=auto")
+        if found := [last] * last.is_file() or others:
+            raise NecoError(f"{key}=never, but {found[0]} exists: choose another run_dir, or {key}=auto")
         return None
     path = last if resume == "auto" else Path(resume).expanduser()
     if not path.exists():
-        return None
+        if not others:
+            return None
+        path = max(others, key=lambda other: sources.contents(other)["global_step"])
+        log.warning("%s is gone: going on from what else is kept, %s", last, path)
     if last.exists() and path.resolve().parent != last.resolve().parent:
         raise NecoError(f"{key}={resume}: {last} is another run's, which would be lost; choose another run_dir")
     try:
-        before = sources.contents(path).get("neco")
+        held = sources.contents(path)
+        before = held.get("neco")
+        values = ((name, v) for name, v in held.get("state_dict", {}).items() if v.is_floating_point())
+        if broken := [name for name, value in values if not value.isfinite().all()]:
+            raise NecoError(f"{path} holds weights that are not finite ({', '.join(broken[:3])})")
     except NecoError as error:
-        others = sorted({*path.parent.glob("epoch_*.ckpt"), *path.parent.glob("best*.ckpt")})
-        kept = ", ".join(map(str, others)) or "none"
+        kept = ", ".join(str(other) for other in others if other != path) or "none"
         raise NecoError(f"{error}. To go on from another: {key}=FILE; kept are: {kept}") from error
     if before is None:
         raise NecoError(f"{key}={path} is no checkpoint of a run; to start from its weights: checkpoint={path}")
