@@ -18,8 +18,7 @@ def read(path: Path) -> tuple[list[str], list[Row]]:
     """The columns and rows of a metrics.csv, damaged ones too."""
     with path.open(newline="", errors="replace") as file:
         reader = csv.DictReader(file)
-        rows = list(reader)
-    return list(reader.fieldnames or []), rows
+        return list(reader.fieldnames or []), list(reader)
 
 
 def is_sound(row: Row) -> bool:

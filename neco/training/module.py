@@ -191,6 +191,7 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
     Only of what trains: the average of two equal numbers is not always the same bits (-0.0).
     """
+    strategies.reshard(teacher)
     pairs = [(t, s) for t, s in zip(teacher.parameters(), student.parameters(), strict=True) if s.requires_grad]
     ours, theirs = (strategies.local(side) for side in zip(*pairs, strict=True))
     get_ema_multi_avg_fn(momentum)(ours, theirs, None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from neco.schema import Trainings
@@ -46,6 +46,13 @@ def shard(network: Any, mesh: Any) -> None:
 def shard_whole(module: nn.Module, mesh: Any) -> None:
     """Spread any module: all its parameters are whole while it is called."""
     fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=True)  # a teacher has no backward to do it
+
+
+def reshard(network: nn.Module) -> None:
+    """Spread again what a forward pass has left whole: before torch 2.8 the outermost part, as if a backward came."""
+    for part in network.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def local(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
