@@ -1,5 +1,6 @@
 """Unreadable images: replaced, named, counted, and too many of them stop the run."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from neco.dataset.files import Tree
 from neco.errors import NecoError
 from neco.training import bad
 from neco.training.data import MultiView, Positions, loader
+from neco.training.module import PostTraining
 
 
 @pytest.fixture
@@ -121,6 +123,27 @@ def test_nothing_readable_is_an_error_and_no_hang(train, photos, workers):
     options = [*of(photos(12, list(range(12)))), "dataset.max_bad=1", f"train.workers={workers}"]
     with pytest.raises(NecoError, match="100 images that were to replace an unreadable one"):
         train(*options)
+
+
+def test_a_disk_that_is_away_costs_no_step(train, photos, monkeypatch, caplog, tmp_path):
+    folder, real = photos(12, []), PostTraining.optimizer_step
+    options = [*of(folder), "train.steps=9", "train.accumulate=2"]
+    whole = train(*options, folder="whole")
+
+    def away(module, *given):
+        real(module, *given)
+        if module.global_step == 4:
+            folder.rename(tmp_path / "away")
+
+    monkeypatch.setattr(PostTraining, "optimizer_step", away)
+    caplog.set_level("INFO")
+    with pytest.raises(NecoError, match="cannot be read"):
+        train(*options, folder="other")
+    assert (found := re.search(r"saved       step (\d): once they can be read", caplog.text)) and int(found[1]) >= 4
+    monkeypatch.undo()
+    (tmp_path / "away").rename(folder)
+    assert_same_run(whole, train(*options, folder="other"))
+    assert not (tmp_path / "other" / bad.FILE).exists()
 
 
 def test_what_can_be_read_again_is_struck_off(photos, tmp_path):

@@ -61,10 +61,14 @@ def chance(bad: int, looked: int, allowed: int, images: int) -> float:
     return sum(ways) / comb(images, looked)
 
 
+class Unreadable(NecoError):
+    """Too many images cannot be read: it may be that a disk is away for a while."""
+
+
 def too_many(counted: str, prefix: str, allowed: int, images: int, more: str) -> NecoError:
     """The error that ends a run. `counted` of the images whose keys begin with `prefix` are unreadable."""
     key = "dataset." + "".join(f"parts.{part}." for part in prefix.split("/")[:-1]) + "max_bad"
-    return NecoError(
+    return Unreadable(
         f"{counted} cannot be read; {key} puts up with {allowed} of {images}. {more} "
         f"Mend or remove them, or raise {key} to go on without them."
     )
@@ -90,7 +94,7 @@ class BadImages(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self.note(batch["bad"])
         if len(batch) == 1:
-            raise NecoError(f"{OTHERS} images that were to replace an unreadable one cannot be read: see {self.path}")
+            raise Unreadable(f"{OTHERS} images that were to replace an unreadable one cannot be read: see {self.path}")
 
     def note(self, found: Sequence[tuple[int, str]]) -> None:
         """List what is new. Raises NecoError as soon as there are more than a limit."""

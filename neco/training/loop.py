@@ -20,6 +20,7 @@ from neco import devices, files, interrupt, progress, startup
 from neco.errors import NecoError
 from neco.schema import Trainings
 from neco.training import memory
+from neco.training.bad import Unreadable
 from neco.training.base import Module
 
 log = logging.getLogger(__name__)
@@ -274,9 +275,17 @@ class Loop(pl.Callback):
             self.bar.start()
 
     def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
-        self.on_exception()
-        interrupt.put_off(False)
-
-    def on_exception(self, *_: Any) -> None:
         if self.bar:
             self.bar.stop()
+        interrupt.put_off(False)
+
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
+        """Save the last step before images were gone. Of several processes each would have to know."""
+        if self.bar:
+            self.bar.stop()
+        if isinstance(exception, Unreadable) and devices.world() == 1 and trainer.global_step > self.first:
+            module.raise_if_broken(self.checkpoints.last, saving=True)
+            self.checkpoints.save(trainer)
+            log.info(
+                "saved       step %d: once they can be read the same command goes on from there", trainer.global_step
+            )
