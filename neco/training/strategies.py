@@ -1,16 +1,19 @@
 """How several devices work on one batch: whole copies of the networks (DDP) or shards of them (FSDP)."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from neco.errors import NecoError
 from neco.schema import Trainings
 
 
@@ -44,7 +47,14 @@ def shard(network: Any, mesh: Any) -> None:
 
 
 def shard_whole(module: nn.Module, mesh: Any) -> None:
-    """Spread any module: all its parameters are whole while it is called."""
+    """Spread any module: all its parameters are whole while it is called.
+
+    Raises NecoError where gradients would be summed: gloo's averages are sums in torch 2.7.
+    """
+    if not _averages():
+        raise NecoError(
+            "strategy=fsdp: on CPUs this torch sums gradients instead of averaging them; take a newer, or ddp"
+        )
     fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=True)  # a teacher has no backward to do it
 
 
@@ -53,6 +63,15 @@ def reshard(network: nn.Module) -> None:
     for part in network.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+@functools.cache
+def _averages() -> bool:
+    if dist.get_backend() != "gloo":
+        return True
+    found = torch.empty(1)
+    dist.reduce_scatter_tensor(found, torch.ones(dist.get_world_size()), op=dist.ReduceOp.AVG)
+    return float(found) == 1
 
 
 def local(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
