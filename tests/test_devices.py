@@ -148,7 +148,11 @@ LIGHT += ["dataset.val=5", "extract.batch_size=2"]  # one process has 2 batches,
 def test_two_devices_train_as_one_and_resume_as_one(neco, train, tmp_path, strategy):
     one = train(*LIGHT, folder="one")
     several = [*SMALL, "device=cpu", "train.devices=2", f"train.strategy={strategy}"]
-    said = neco(*several, *LIGHT, f"run_dir={tmp_path / 'two'}", ok=True)
+    said = neco(*several, *LIGHT, f"run_dir={tmp_path / 'two'}")
+    if torch.__version__ < "2.8" and "this torch sums gradients on CPUs" in said.stderr:
+        assert said.returncode == 2 and not (tmp_path / "two/checkpoints").exists()
+        return
+    assert said.returncode == 0, said.stderr
     assert said.stderr.count("checkpoint  ") == 1, "one process speaks"
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
     assert losses(tmp_path / "two", "grad_norm") == pytest.approx(losses(one, "grad_norm"), rel=1e-3)

@@ -53,7 +53,7 @@ def shard_whole(module: nn.Module, mesh: Any) -> None:
     """
     if not _averages():
         raise NecoError(
-            "strategy=fsdp: on CPUs this torch sums gradients instead of averaging them; take a newer, or ddp"
+            "strategy=fsdp: this torch sums gradients on CPUs instead of averaging; take a newer one, or ddp"
         )
     fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=True)  # a teacher has no backward to do it
 
