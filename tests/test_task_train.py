@@ -214,6 +214,9 @@ def test_rows_that_were_lost_are_told_when_the_run_goes_on(train, caplog):
     caplog.clear()
     train("train.save_epochs=1", "train.steps=8", f"train.resume={folder}/checkpoints/last.ckpt")
     assert "metrics.csv has 5 of the 6 rows up to step 6" in caplog.text
+    caplog.clear()
+    train("train.steps=10", f"train.resume={folder}/checkpoints/last.ckpt", folder="branch")
+    assert "rows up to step" not in caplog.text
 
 
 def test_a_checkpoint_that_is_not_finite_is_refused(train):

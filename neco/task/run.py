@@ -116,7 +116,8 @@ class Run:
             results.note_choice(output, **(choices or {}))
         self.store = results.Results(output, writes=self.leads)
         self.store.drop_after(self.done)
-        rows = sources.contents(self.resume)["neco"].get("rows") if self.resume else 0
+        own = self.resume and self.resume.resolve().parent == self.checkpoints.folder.resolve()
+        rows = sources.contents(self.resume)["neco"].get("rows") if self.resume and own else 0
         self.saved["rows"] = rows
         self.trackers = Trackers(settings, self.store, self.done, rows)
 
@@ -313,8 +314,8 @@ def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
     try:
         held = sources.contents(path)
         before = held.get("neco")
-        values = ((name, v) for name, v in held.get("state_dict", {}).items() if v.is_floating_point())
-        if broken := [name for name, value in values if not value.isfinite().all()]:
+        values = held["state_dict"].items() if before else ()
+        if broken := [name for name, v in values if v.is_floating_point() and not v.isfinite().all()]:
             raise NecoError(f"{path} holds weights that are not finite ({', '.join(broken[:3])})")
     except NecoError as error:
         kept = ", ".join(str(other) for other in others if other != path) or "none"
