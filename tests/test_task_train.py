@@ -259,6 +259,7 @@ def test_a_signal_ends_the_run_saved_and_says_how_to_go_on(tmp_path, cache):
         process = subprocess.Popen(
             [sys.executable, "-m", "neco", *command], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
         )  # fmt: skip
         before = len(losses(rows.parent)) if rows.is_file() else 0
         while not rows.is_file() or rows.read_text().count("\n") < before + 5:

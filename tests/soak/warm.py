@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed.nn  # before torch 2.8 it makes a folder, once a process
 
 from neco import __main__ as program
 from soak.life import TINY
