@@ -125,6 +125,7 @@ def test_a_failed_run_is_marked_and_resumed_as_the_same(train, monkeypatch, tmp_
         train(*options)
     assert text(events(tmp_path / "run"), "ended") == "failed"
     monkeypatch.undo()
+    time.sleep(1)  # W&B names folders by the second
     folder = train(*options)
     first, second = offline(folder)
     assert (first.code, first.summary["ended"]) == (1, "failed") and (second.code, second.summary["ended"]) == (

@@ -224,7 +224,8 @@ class Backbone(nn.Module):
         rope = getattr(self.net, "rope", None)
         if rope is None:
             return None
-        if isinstance(h, torch.SymInt) or isinstance(w, torch.SymInt) or (self.training and rope.aug_active):
+        symbols = isinstance(h, torch.SymInt) or isinstance(w, torch.SymInt)
+        if symbols or (self.training and getattr(rope, "aug_active", False)):  # DINOv3's, if it was asked to
             return rope.get_embed(shape=(h, w))
         place = next(rope.buffers())
         key = h, w, place.device, place.dtype
