@@ -4,6 +4,7 @@ import csv
 import logging
 import shutil
 from collections.abc import Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,12 @@ class Csv(Tracker):
         kept = []
         if self.path.is_file():
             self.fields, rows = read(self.path)
-            sound = [row for row in rows if is_sound(row)]
-            if any(row not in sound for row in rows[:-1]):  # a kill may leave half of the last
+            sound = [*map(is_sound, rows)]
+            if not all(sound[:-1]):  # a kill may leave half of the last
                 aside = self.path.with_name("metrics.damaged.csv")
                 shutil.copyfile(self.path, aside)
                 log.warning("%s is damaged: kept as %s, here without the lines that cannot be read", self.path, aside)
-            kept = [row for row in sound if int(row["step"]) <= about.step]
+            kept = [row for row in compress(rows, sound) if int(row["step"]) <= about.step]
             self._rewrite(kept)
         if len(kept) < (about.rows or 0):
             log.warning("%s has %d of the %d rows up to step %d", self.path, len(kept), about.rows, about.step)
