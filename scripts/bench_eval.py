@@ -37,7 +37,8 @@ from torch import Tensor
 
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.eval import communities, metrics
-from neco.eval.base import Extract, generator
+from neco.eval.base import generator
+from neco.eval.extract import Extract
 from neco.eval.neighbours import Neighbours, bank, load_faiss
 from neco.eval.overcluster import GRID, Overcluster
 from neco.eval.retrieval import Retrieval

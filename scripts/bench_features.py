@@ -28,8 +28,8 @@ from bench_data import jpeg
 from torch import Tensor
 
 from neco import config
-from neco.eval.base import Extract
 from neco.eval.clustering import kmeans
+from neco.eval.extract import Extract
 from neco.eval.neighbours import Neighbours, full_precision
 from neco.results import columns
 

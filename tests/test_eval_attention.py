@@ -13,7 +13,7 @@ from test_model_mask import slow
 from neco.dataset.base import Sample
 from neco.errors import NecoError
 from neco.eval.attention import Attention
-from neco.eval.base import Extract
+from neco.eval.extract import Extract
 from neco.model.backbone import Backbone
 from neco.values import MEAN, STD
 

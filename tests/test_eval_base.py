@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 
 from neco.errors import NecoError
 from neco.eval import base
-from neco.eval.base import Draw, Extract
+from neco.eval.extract import Draw, Extract, _Items, resize_nearest
 from neco.values import MEAN, STD
 
 REFERENCE_STD = (0.229, 0.224, 0.255)
@@ -73,7 +73,7 @@ def test_pixels_and_masks_are_torchvisions(dataset: Files, std: tuple[float, flo
 @pytest.mark.parametrize("side", [17, 40, 80, 101])
 def test_floor_masks_take_the_first_pixel_of_a_cell(side: int) -> None:
     mask = torch.from_numpy(np.random.default_rng(side).integers(0, 256, (2, side, side))).to(torch.uint8)
-    found = base.resize_nearest(mask, 40)
+    found = resize_nearest(mask, 40)
     pick = [min(math.floor(np.float32(i) * (np.float32(side) / np.float32(40))), side - 1) for i in range(40)]
     assert torch.equal(found, mask[:, pick][:, :, pick])
 
@@ -157,7 +157,7 @@ def test_image_and_mask_are_cropped_together(tmp_path: Path) -> None:
     mask = np.random.default_rng(0).integers(0, 4, (6, 9)).repeat(10, 0).repeat(10, 1)
     dataset = Files(tmp_path, 4, val=[(np.repeat(mask[..., None] * 60, 3, 2), mask)] * 3)
     for draw in (Draw((0.5, 0.7), 0, 0, flips, colours=False) for flips in (False, True)):
-        items = base._Items(dataset, dataset.samples("val"), 60, images=True, nearest="centre", draw=draw)
+        items = _Items(dataset, dataset.samples("val"), 60, images=True, nearest="centre", draw=draw)
         for pixels, masks in items:
             assert (pixels[0] == masks * 60).float().mean() > 0.6  # the rest is interpolation between cells
             assert (pixels[0] == masks.flip(0) * 60).float().mean() < 0.5

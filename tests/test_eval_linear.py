@@ -18,7 +18,8 @@ from torch import nn
 from neco import config
 from neco.errors import NecoError
 from neco.eval import heads
-from neco.eval.base import Draw, Extract, Trained, generator
+from neco.eval.base import Trained, generator
+from neco.eval.extract import Draw, Extract
 from neco.eval.linear import Linear
 from neco.task.measure import save
 from neco.values import MEAN, STD

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from neco.eval import unsupervised
 from neco.eval.attention import Attention
-from neco.eval.base import Extract
+from neco.eval.extract import Extract
 from neco.eval.linear import Linear
 from neco.eval.overcluster import Overcluster
 from neco.eval.retrieval import Retrieval

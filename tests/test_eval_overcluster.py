@@ -11,7 +11,7 @@ from eval_support import Conv, Files, Noise, Perfect, noisy, reorder, striped
 from PIL import Image
 
 from neco.errors import NecoError
-from neco.eval.base import Extract
+from neco.eval.extract import Extract
 from neco.eval.overcluster import Overcluster
 from neco.values import MEAN, STD
 

@@ -11,7 +11,7 @@ from PIL import Image
 from test_eval_rectangular import ALL, HERE, Blind, scene
 
 from neco.eval import pictures
-from neco.eval.base import resize_nearest
+from neco.eval.extract import resize_nearest
 from neco.eval.pictures import colours
 from neco.eval.retrieval import Retrieval, soft_labels, typical
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from neco.errors import NecoError
 from neco.eval.attention import Attention
-from neco.eval.base import Draw, Extract, input_size
+from neco.eval.base import input_size
+from neco.eval.extract import Draw, Extract
 from neco.eval.linear import Linear
 from neco.eval.overcluster import Overcluster
 from neco.eval.retrieval import Retrieval

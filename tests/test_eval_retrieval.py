@@ -13,7 +13,7 @@ from PIL import Image
 from neco.dataset.base import Sample, read_label
 from neco.errors import NecoError
 from neco.eval import retrieval
-from neco.eval.base import Extract
+from neco.eval.extract import Extract
 from neco.eval.neighbours import Neighbours
 from neco.eval.overcluster import Overcluster
 from neco.eval.retrieval import Retrieval

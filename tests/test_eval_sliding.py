@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from neco.errors import NecoError
-from neco.eval.base import Extract
+from neco.eval.extract import Extract
 from neco.eval.sliding import SlidingWindows, slide, starts
 from neco.values import MEAN, STD
 

@@ -22,7 +22,8 @@ from neco.dataset.base import Sample
 from neco.errors import NecoError
 from neco.eval import clustering, communities, unsupervised
 from neco.eval.attention import Attention
-from neco.eval.base import Extract, Result
+from neco.eval.base import Result
+from neco.eval.extract import Extract
 from neco.eval.unsupervised import Unsupervised
 from neco.model.mask import foreground
 from neco.values import MEAN, STD

@@ -200,7 +200,7 @@ def test_evaluations_are_the_cpus(inside) -> None:
 @pytest.mark.parametrize("dim", [64, 384, 1024])
 def test_neighbours_are_those_of_the_cpu(monkeypatch, engine: neighbours.Engine, dtype: torch.dtype, dim: int) -> None:
     if engine == "faiss" and not neighbours.load_faiss().get_num_gpus():
-        pytest.skip("faiss without GPUs")
+        pytest.skip("runs where faiss was built for GPUs")
     generator = torch.Generator().manual_seed(0)
     memory, queries = (
         torch.nn.functional.normalize(torch.randn(n, dim, generator=generator), dim=1) for n in (5000, 300)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from neco import config
 from neco.augment import batched, colour
 from neco.augment.views import view_rng
-from neco.eval import base
+from neco.eval import extract
 from neco.training.module import PostTraining, follow
 
 GPU = torch.device("cuda:0")
@@ -121,7 +121,7 @@ def imagined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
     colour._statistics.cache_clear()
-    base._on.cache_clear()
+    extract._on.cache_clear()
 
 
 @needs_imagination
@@ -165,10 +165,10 @@ def test_a_batch_is_begun_while_another_is_computed(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock())
     request.getfixturevalue("imagined")
     place(backbone)
-    extract = base.Extract(workers=0)
+    reader = extract.Extract(workers=0)
     for _ in range(2):
         with Waits() as waits:
-            result = extract._begin(backbone, torch.zeros(2, 3, 64, 64, dtype=torch.uint8), base.STD)
+            result = reader._begin(backbone, torch.zeros(2, 3, 64, 64, dtype=torch.uint8), extract.STD)
     assert waits.found == []
     (features,) = (x for x in inspect.getclosurevars(result).nonlocals.values() if isinstance(x, Tensor) and x.ndim > 1)
     assert features.device == GPU and features.is_contiguous(), "else the copy makes another on the GPU"

@@ -13,7 +13,8 @@ from torch import Tensor
 from neco import devices
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.errors import NecoError
-from neco.eval.base import Extract, PatchFeatures, Result, background_of, input_size, labelled, size_name
+from neco.eval.base import PatchFeatures, Result, background_of, input_size, labelled, size_name
+from neco.eval.extract import Extract
 from neco.eval.pictures import glow_over, shown
 from neco.model.backbone import Attention as CLSAttention
 from neco.model.mask import foreground, heaviest

@@ -22,15 +22,8 @@ from neco import devices
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.errors import NecoError
 from neco.eval import metrics
-from neco.eval.base import (
-    Draw,
-    Extract,
-    Nearest,
-    PatchFeatures,
-    generator,
-    resize_nearest,
-    token_grid,
-)
+from neco.eval.base import PatchFeatures, generator, token_grid
+from neco.eval.extract import Draw, Extract, Nearest, resize_nearest
 from neco.eval.neighbours import full_precision
 from neco.progress import track
 from neco.values import Size, sides

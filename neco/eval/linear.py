@@ -19,7 +19,6 @@ from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.eval import metrics
 from neco.eval.base import (
-    Extract,
     PatchFeatures,
     Result,
     Trained,
@@ -30,6 +29,7 @@ from neco.eval.base import (
     part_of_train,
     size_name,
 )
+from neco.eval.extract import Extract
 from neco.eval.heads import GRID, Batches, Head, Kind, cross_entropy, load_head, new_head, score
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import full_precision

@@ -19,16 +19,15 @@ from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.eval import clustering, metrics
 from neco.eval.base import (
-    Extract,
     PatchFeatures,
     Result,
     check_protocol,
     input_size,
     labelled,
-    resize_nearest,
     size_name,
     token_grid,
 )
+from neco.eval.extract import Extract, resize_nearest
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import Engine, check_engine
 from neco.eval.pictures import Picture, groups_over, predictions, shown

@@ -23,8 +23,6 @@ from neco.dataset.base import IGNORE, Dataset, Sample, read_image
 from neco.errors import NecoError
 from neco.eval import metrics
 from neco.eval.base import (
-    Draw,
-    Extract,
     PatchFeatures,
     Result,
     check_protocol,
@@ -35,6 +33,7 @@ from neco.eval.base import (
     size_name,
     token_grid,
 )
+from neco.eval.extract import Draw, Extract
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import LEAST, Engine, Neighbours, bank, check_engine
 from neco.eval.pictures import Picture, patch_view, predictions, shown, strip

@@ -17,7 +17,8 @@ from neco import devices, interrupt
 from neco.dataset.base import Dataset, Sample
 from neco.dataset.inspect import read_pair
 from neco.errors import NecoError
-from neco.eval.base import Extract, Result, labelled
+from neco.eval.base import Result, labelled
+from neco.eval.extract import Extract
 from neco.eval.metrics import by_class, class_iou, confusion, miou
 from neco.eval.neighbours import full_precision
 from neco.eval.pictures import predictions, shown

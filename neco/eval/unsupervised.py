@@ -27,7 +27,6 @@ from neco.dataset.files import stamp
 from neco.errors import NecoError
 from neco.eval import clustering, metrics
 from neco.eval.base import (
-    Extract,
     PatchFeatures,
     Result,
     background_of,
@@ -36,7 +35,6 @@ from neco.eval.base import (
     input_size,
     labelled,
     part_of_train,
-    resize_nearest,
     size_name,
     token_grid,
 )
@@ -49,6 +47,7 @@ from neco.eval.communities import (
     neighbour_shares,
     offsets,
 )
+from neco.eval.extract import Extract, resize_nearest
 from neco.eval.metrics import Compat
 from neco.eval.neighbours import Engine, check_engine
 from neco.eval.pictures import Picture, groups_over, predictions, shown

@@ -28,7 +28,8 @@ from neco.dataset.base import Dataset, Sample, read_image, stored_size
 from neco.dataset.files import stamp
 from neco.dataset.inspect import places
 from neco.errors import NecoError
-from neco.eval.base import Extract, input_size
+from neco.eval.base import input_size
+from neco.eval.extract import Extract
 from neco.model import weights
 from neco.progress import track
 from neco.schema import Embed

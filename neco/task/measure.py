@@ -16,7 +16,8 @@ from neco import files
 from neco.config import Settings, option, options
 from neco.dataset.base import Dataset, Sample
 from neco.dataset.files import stamp
-from neco.eval.base import Extract, Result, Trained, input_size
+from neco.eval.base import Result, Trained, input_size
+from neco.eval.extract import Extract
 from neco.eval.pictures import shown
 from neco.logger.base import Trackers
 from neco.model import sources

@@ -104,7 +104,8 @@ class Run:
         self.saved["origin"] = said
         self.checkpoints = Checkpoints(output / "checkpoints")
         self.resume = find(options, self.checkpoints.last, self.saved)
-        self.done = sources.contents(self.resume)["global_step"] if self.resume else 0
+        found = sources.contents(self.resume) if self.resume else {}
+        self.done = found.get("global_step", 0)
         if self.done > plan.steps:
             raise NecoError(
                 f"{options.node}.steps={plan.steps}: {self.resume} is at step {self.done} already; "
@@ -117,7 +118,7 @@ class Run:
         self.store = results.Results(output, writes=self.leads)
         self.store.drop_after(self.done)
         own = self.resume and self.resume.resolve().parent == self.checkpoints.folder.resolve()
-        rows = sources.contents(self.resume)["neco"].get("rows") if self.resume and own else 0
+        rows = found["neco"].get("rows") if own else 0
         self.saved["rows"] = rows
         self.trackers = Trackers(settings, self.store, self.done, rows)
 
