@@ -12,6 +12,9 @@ from neco.yaml_file import load_yaml
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{b}: &{b} [{','.join(f'*{a}' for _ in range(9))}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)
+)
 BAD = {
     "latin-1": ("# käse\na: 1\n".encode("latin-1"), "is not UTF-8"),
     "utf-16": ("a: 1\n".encode("utf-16"), "is not UTF-8"),
@@ -22,10 +25,7 @@ BAD = {
     "text": (b"just text\n", "holds a str; it must be a mapping"),
     "object": (b"a: !!python/object/apply:os.system ['touch canary']\n", "is not valid YAML"),
     "alias bomb": (BOMB.encode(), "stands for more than 100,000 values"),
-    "merge bomb": (
-        b"a: &a {x: 1}\n" + b"".join(b"%c: &%c {<<: [%s]}\n" % (i + 1, i + 1, b",".join([b"*%c" % i] * 9)) for i in b"abcdefg"),
-        "stands for more than 100,000 values",
-    ),
+    "merge bomb": (MERGES.encode(), "stands for more than 100,000 values"),
     "holds itself": (b"a: &a [*a]\n", "levels deep"),
     "deep": (b"[" * 20_000, "levels deep"),
     "deeper than is walked": (b"a: " + b"[" * 70 + b"]" * 70, "levels deep"),
