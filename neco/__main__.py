@@ -51,7 +51,7 @@ started = False
 failure: NecoError | None = None
 
 
-def job(cfg: Any) -> float | None:
+def job(cfg: Any) -> Any:
     """`run` for Hydra, which would announce an error of a single run in words of its own."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -93,8 +93,8 @@ def traced(hydra: Any) -> Iterator[None]:
 
 
 @interrupt.handled()
-def run(cfg: Any) -> float | None:
-    """One job: validate, then hand over to `neco.task.<task>`; returns the objective of a sweep."""
+def run(cfg: Any) -> Any:
+    """One job: validate, then hand over to `neco.task.<task>`; returns the `Objective` of a sweep, if there is one."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 

@@ -109,7 +109,9 @@ class Job:
 
         def kept(config: Any) -> None:
             try:
-                self.note("done", objective=task(config))
+                objective = task(config)
+                number = {"objective_name": objective.name} if objective else {}
+                self.note("done", objective=objective and objective.value, **number)
             except Exception as error:
                 expected = isinstance(error, NecoError | OmegaConfBaseException) and not config.debug
                 self.note("failed", message=str(error) if expected else f"{type(error).__name__}: {error}")

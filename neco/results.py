@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -31,6 +31,19 @@ PACKAGES = (
     "faiss-gpu",
     "faiss-cpu",
 )
+
+
+class Objective(NamedTuple):
+    """The number that a sweep or search compares its jobs by, and which one it is: EVALUATION/NETWORK/METRIC."""
+
+    name: str
+    value: float
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Objective":
+        """The first number of an evaluation's record."""
+        metric, value = next(iter(record["metrics"].items()))
+        return cls(f"{record['evaluation']}/{record['network']}/{metric}", value)
 
 
 def write(path: Path, text: str) -> None:

@@ -81,7 +81,7 @@ class Train(Training):
     strategy: Literal["ddp", "fsdp"]
     compile: Literal["auto"] | bool
     teacher: Literal["ema", "none", "frozen", "head_ema"]
-    momentum: tuple[Fraction, Fraction]
+    momentum: Literal["auto"] | tuple[Fraction, Fraction]
     blocks: Literal["all"] | NonNegative | list[int]
     embeddings: Literal["auto"] | bool
     lora_rank: NonNegative

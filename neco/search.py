@@ -17,6 +17,7 @@ from neco.config import check
 from neco.errors import NecoError
 from neco.launch import ASIDE, failed, name, say
 from neco.results import write
+from neco.sweep import status
 from neco.values import Positive, Seed
 
 
@@ -93,9 +94,10 @@ class Optuna(sweeper.Sweeper):
             raise NecoError(f"hydra/sweeper=optuna: no trial of task={self.cfg.task} gave a number to go by")
         overrides = [f"{key}={study.best_params[key]}" for key in space]
         place = folder / name([*fixed, *overrides], self.runner.changing)
-        best = {"value": study.best_value, "overrides": overrides, "folder": str(place)}
+        number = status(place).get("objective_name", "")
+        best = {"objective": number, "value": study.best_value, "overrides": overrides, "folder": str(place)}
         write(folder / "best.yaml", yaml.safe_dump(best, sort_keys=False))
-        say(f"best of {len(study.trials)} trials: {best['value']:.4f} with {' '.join(overrides)}, in {best['folder']}")
+        say(f"best of {len(study.trials)} trials: {number} {best['value']:.4f} with {' '.join(overrides)}, in {place}")
         return float(study.best_value)
 
     def study(self, folder: Path, asked: dict[str, Any]) -> Any:

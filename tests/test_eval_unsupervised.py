@@ -164,7 +164,7 @@ def two_rings() -> torch.Tensor:
 @pytest.mark.parametrize("method", ["louvain", "infomap"])
 def test_communities_of_two_rings(method: str) -> None:
     if method == "infomap":
-        pytest.importorskip("infomap", reason="runs where neco[infomap] is installed, as in CI")
+        pytest.importorskip("infomap", reason="runs where neco[infomap] is installed (make installs it)")
     found = communities.communities(two_rings(), 0.07, method=method, markov_time=1.2, modules=2)
     assert found.module.tolist() == [0] * 4 + [1] * 4 + [2] and found.count == 2
     edges, bridge = 8 * 0.5, 0.1
@@ -433,7 +433,7 @@ def test_what_cannot_work_is_refused_before_anything_is_read(real: Files, monkey
 
 
 def test_infomap(real: Files) -> None:
-    pytest.importorskip("infomap", reason="runs where neco[infomap] is installed, as in CI")
+    pytest.importorskip("infomap", reason="runs where neco[infomap] is installed (make installs it)")
     found = Unsupervised(**QUICK, method="infomap")(Seeing(8), real, extract=HERE)
     assert found == Unsupervised(**QUICK, method="infomap")(Seeing(8), real, extract=HERE)
 

@@ -6,6 +6,7 @@ import pytest
 
 from neco import config
 from neco.loss.relaxation import cauchy
+from neco.training.optim import ema_momentum
 
 # name: backbone in timm's words, registers, pixels, batch, epochs, rate of the backbone, references
 S14, B14 = "vit_small_patch14_dinov2.lvd142m", "vit_base_patch14_dinov2.lvd142m"
@@ -67,7 +68,9 @@ def test_a_preset_is_what_was_published(name: str) -> None:
     augment = settings.config["augment"]
     assert (augment["global_scale"], augment["local_scale"]) == ([0.25, 1], [0.05, 0.25])
     assert (train.batch_size, train.epochs, train.steps, train.teacher) == (batch, epochs, None, "ema")
-    assert (train.momentum, train.drop_path, train.clip) == ((0.9995, 1), 0.1, None)
+    assert (train.momentum, train.drop_path, train.clip) == ("auto", 0.1, None)
+    coco = 118_287
+    assert ema_momentum(train.epochs * (coco // train.batch_size)) == (0.9995, 1), "the published momentum"
     assert (optim.lr, optim.head_lr, optim.weight_decay) == (rate, 1e-4, (0.04, 0.5))
     loss = settings.build("loss")
     assert (loss.references, loss.reference_count, loss.grid, loss.queue_size) == (references, 49, 7, 8192)

@@ -301,7 +301,9 @@ def test_search(inside, tmp_path):
     assert all(1e-5 <= t.params["optim.lr"] <= 1e-2 and t.params["loss.grid"] in (2, 3) for t in study.trials)
     best = yaml.safe_load((tmp_path / "out/best.yaml").read_text())
     assert best["value"] == study.best_value == max(t.value for t in study.trials if t.value is not None)
-    assert status(tmp_path / best["folder"])["objective"] == best["value"]
+    job = status(tmp_path / best["folder"])
+    assert job["objective"] == best["value"] and job["objective_name"] == best["objective"]
+    assert best["objective"].split("/")[1] == "teacher" and f"{best['objective']} {best['value']:.4f} with" in said
     assert code == 2 and f"jobs that did not end well: {states.count('FAIL')}" in said
     cut = study.ask(study.trials[0].distributions)  # as a search leaves it that is killed
     inside(*SEARCH, "loss.grid=range(2, 4)", "hydra.sweeper.n_trials=6")

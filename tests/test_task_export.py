@@ -240,7 +240,7 @@ PIECES = {"timm": 3, "safetensors": 2, "dinov2": 1, "onnx": 1}  # of code in the
 @pytest.mark.parametrize("form", PIECES)
 def test_a_run_with_its_card(form, trained, tmp_path, inside, monkeypatch):
     if form == "onnx":
-        pytest.importorskip("onnxscript", reason="runs where neco[onnx] is installed, as in CI")
+        pytest.importorskip("onnxscript", reason="runs where neco[onnx] is installed (make installs it)")
     status, said = inside("task=export", f"checkpoint={trained}", "weights=teacher", f"format={form}", "run_dir=out")
     assert status == 0, said
     ours = load_backbone(str(trained), weights="teacher")

@@ -149,7 +149,9 @@ def test_best_and_last(finetune, monkeypatch, cache):
     assert [r["step"] for r in records(folder)] == [3, 6, 9, 12], "an untrained decoder is of no interest"
     assert (step_of(kept / "best.ckpt"), step_of(kept / "last.ckpt")) == (6, 12)
     wanted = config.load(*FEW, *options, f"run_dir={folder}", f"cache_dir={cache}")
-    assert task.main(wanted, task.prepare(wanted), folder) == 0.4, "a finished run says it again"
+    assert task.main(wanted, task.prepare(wanted), folder) == ("segmentation/segmenter/miou", 0.4), (
+        "a finished run says it again"
+    )
     assert step_of(kept / "best.ckpt") == 6
     scores(monkeypatch, 0.4, 0.3, 0.2, 0.1)
     assert step_of(finetune(*options, "finetune.patience=2", folder="patient") / "checkpoints/last.ckpt") == 9

@@ -20,7 +20,7 @@ from neco import config, load_backbone
 from neco.errors import NecoError
 from neco.loss.neco import NeCo
 from neco.model.weights import weights_hash
-from neco.training import loop
+from neco.training import loop, optim
 from neco.training.module import PostTraining
 
 
@@ -319,6 +319,16 @@ def test_run_folder_is_complete(train):
     held = state(folder)
     assert any(key.startswith("student.backbone.") for key in held["state_dict"])
     assert any(key.startswith("teacher.head.") for key in held["state_dict"])
+
+
+def test_a_run_says_how_much_of_its_start_the_teacher_keeps(train, caplog):
+    caplog.set_level("INFO")
+    rows = metrics(train("train.steps=3"))
+    assert float(rows[0]["momentum"]) == pytest.approx(optim.ema_momentum(3)[0])
+    remains = optim.teacher_start_fraction(optim.ema_momentum(3), 3)
+    assert f"after 3 steps {remains:.0%} of it is its start" in caplog.text and "hardly move" not in caplog.text
+    train("train.steps=3", "train.momentum=[0.9995,1]", folder="slow")
+    assert "the teacher will hardly move: 100% of it will be its start" in caplog.text
 
 
 def test_teacher_follows_and_is_never_trained(train):

@@ -21,6 +21,26 @@ def test_cosine_equals_the_published_array():
         np.testing.assert_allclose(ours, published_cosine(first, last, total), rtol=0, atol=1e-15)
 
 
+def test_the_default_momentum_follows_the_number_of_steps():
+    """Published at the published length and beyond, tuned on the demo at 300 steps; a short run leaves its start."""
+    assert optim.ema_momentum(25 * (118_287 // 64)) == optim.ema_momentum(10**6) == (0.9995, 1.0)
+    assert abs(optim.ema_momentum(300)[0] - 0.98) < 0.003
+    momenta = [optim.ema_momentum(steps)[0] for steps in (1, 10, 100, 1000, 10_000, 46_200)]
+    assert momenta == sorted(momenta) and momenta[0] == 0
+    assert max(optim.teacher_start_fraction(optim.ema_momentum(steps), steps) for steps in (20, 120, 300, 5000)) < 0.2
+    assert optim.teacher_start_fraction((0.9995, 1.0), 290) > 0.9, "what the published value would leave of it"
+
+
+def test_the_fraction_of_the_start_is_what_follow_leaves():
+    student, teacher = nn.Linear(1, 1), nn.Linear(1, 1)
+    for module, value in ((student, 0.0), (teacher, 1.0)):
+        for parameter in module.parameters():
+            parameter.data.fill_(value)
+    for step in range(7):
+        follow(teacher, student, optim.cosine(0.8, 1.0, step, 7))
+    assert abs(float(teacher.weight) - optim.teacher_start_fraction((0.8, 1.0), 7)) < 1e-6
+
+
 def test_polynomial_equals_torch():
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1e-4)

@@ -59,7 +59,7 @@ def prepare(settings: Settings) -> Job:
     return Job(dataset, model, source, which, beside, device, chosen)
 
 
-def main(settings: Settings, job: Job, output: Path) -> float | None:
+def main(settings: Settings, job: Job, output: Path) -> results.Objective:
     """Evaluate and record; returns the first number of the first evaluation."""
     devices.join()
     with locked(output, "eval"), Trackers(settings, results.Results(output, writes=devices.leader())) as trackers:
@@ -87,4 +87,4 @@ def main(settings: Settings, job: Job, output: Path) -> float | None:
         log.info("\n%s\n\nwrote  %s", results.table(found), trackers.store.path)
         if settings.run.report:
             report.of_run(output)
-    return next(iter(found[0]["metrics"].values()))
+    return results.Objective.of(found[0])

@@ -16,6 +16,7 @@ from neco.errors import NecoError
 from neco.eval.base import labelled, part_of_train
 from neco.eval.sliding import SlidingWindows
 from neco.model.backbone import Backbone
+from neco.results import Objective
 from neco.schema import Finetune
 from neco.task.common import (
     check_devices,
@@ -116,14 +117,14 @@ def _crop(options: Finetune, patch: int, dataset: Dataset) -> int:
     return options.crop
 
 
-def main(settings: Settings, job: Job, output: Path) -> float | None:
+def main(settings: Settings, job: Job, output: Path) -> Objective | None:
     """Fine-tune, or go on with the run found in `output`; returns the best mIoU on val."""
     named: dict[str, Any] = {"classes": job.dataset.classes, "choices": {"train": job.dataset}}
     with locked(output, "finetune"), Run(settings, output, job.plan, job.device, job.samples, **named) as run:
         return _finetune(settings, job, run)
 
 
-def _finetune(settings: Settings, job: Job, run: Run) -> float | None:
+def _finetune(settings: Settings, job: Job, run: Run) -> Objective | None:
     options: Finetune = settings.spine["finetune"]
     classes, name, seed, output = job.dataset.classes, settings.choices["dataset"], settings.run.seed, run.output
     torch.manual_seed(seed)

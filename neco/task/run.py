@@ -245,7 +245,7 @@ class Run:
         waited = sum(later > best for later, _ in history)
         return bool(options.patience) and waited >= (options.patience or 0)
 
-    def report(self) -> float | None:
+    def report(self) -> results.Objective | None:
         """Print the numbers before and after, what was written and which state is the best; that one's number."""
         if self.store.records:
             log.info("\n%s\n", results.table(self.store.records))
@@ -257,7 +257,7 @@ class Run:
         best, value = max(self.store.history(monitor), key=lambda pair: pair[1])
         held = self.checkpoints.last.with_name("best.ckpt")
         log.info("best        %s, step %d: %s = %.4f", held if held.is_file() else "not kept", best, monitor, value)
-        return value
+        return results.Objective(monitor, value)
 
 
 def bf16(options: Trainings, device: torch.device) -> bool:

@@ -14,6 +14,7 @@ from neco.config import Settings, call, nearest
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.model.backbone import Backbone
+from neco.results import Objective
 from neco.schema import Train
 from neco.task.common import (
     check_devices,
@@ -25,7 +26,7 @@ from neco.task.common import (
     source_of_weights,
 )
 from neco.task.run import Run, announce, bf16, check_resume, few, images, millions
-from neco.training import compiled, data, memory, strategies, trainable
+from neco.training import compiled, data, memory, optim, strategies, trainable
 from neco.training.bad import BadImages, Limits, look
 from neco.training.loop import Plan
 from neco.training.module import PostTraining
@@ -139,15 +140,16 @@ def _trained_sizes(views: Views) -> list[list[tuple[int, int]]]:
     return scaled if views.global_views > 1 else [sizes[1:] for sizes in scaled]  # see PostTraining.training_step
 
 
-def main(settings: Settings, job: Job, output: Path) -> float | None:
-    """Train, or go on with the run found in `output`; returns the last number of the first evaluation's teacher."""
+def main(settings: Settings, job: Job, output: Path) -> Objective | None:
+    """Train, or go on with the run found in `output`; returns `train.monitor` at its best or else the last number of
+    the first evaluation, of the network that `_advise` recommends."""
     val = None if job.val is job.dataset else job.val
     lists = {"train": job.dataset, "val_dataset_train": val}
     with locked(output, "train"), Run(settings, output, job.plan, job.device, job.samples, choices=lists) as run:
         return _train(settings, job, run)
 
 
-def _train(settings: Settings, job: Job, run: Run) -> float | None:
+def _train(settings: Settings, job: Job, run: Run) -> Objective | None:
     options: Train = settings.spine["train"]
     torch.manual_seed(settings.run.seed)
     backbone = settings.build("model", drop_path=options.drop_path)
@@ -175,7 +177,7 @@ def _train(settings: Settings, job: Job, run: Run) -> float | None:
         return best
     result = "teacher" if options.teacher == "ema" else "student"
     final = [r for r in run.store.records if r["step"] == step and r["network"] == result]
-    return next(iter(final[0]["metrics"].values())) if final else None
+    return Objective.of(final[0]) if final else None
 
 
 def _announce(settings: Settings, job: Job, module: PostTraining, start: str, output: Path) -> None:
@@ -195,7 +197,8 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
         "backbone": f"{settings.choices['model']}: patch {network.patch}, width {network.dim}, {network.depth} blocks",
         "start": start,
         "trained": f"{millions(backbone)} of the backbone ({trainable.describe(backbone)}) + "
-        f"{millions(head)} of the head{frozen}; teacher: {options.teacher}",
+        f"{millions(head)} of the head{frozen}",
+        "teacher": _describe_teacher(module),
         "views": f"{' or '.join(dict.fromkeys(map(_views, _sizes(job.views))))} pixels{clean}{colour}",
         "steps": f"{plan.steps} of {options.images} images, {plan.epoch(plan.steps):.4g} epochs",
         "evaluation": f"{job.chosen} on {job.val_name} at steps {few(marks)}" if job.val else "none",
@@ -206,6 +209,21 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
     })  # fmt: skip
     if needed > total:
         log.warning("likely to run out of memory: lower train.batch_size, raise train.accumulate or make views smaller")
+
+
+def _describe_teacher(module: PostTraining) -> str:
+    """How the teacher follows the student, and how much of it will still be its start after the last step."""
+    kind, (first, last) = module.options.teacher, module.momentum
+    if kind in ("none", "frozen"):
+        return kind
+    remains = optim.teacher_start_fraction(module.momentum, module.steps)
+    text = f"{kind}, momentum {first:.4g} -> {last:.4g}; after {module.steps} steps {remains:.0%} of it is its start"
+    if remains > 0.5:
+        log.warning(
+            "the teacher will hardly move: %.0f%% of it will be its start. Lower train.momentum (auto: %.4g here) or "
+            "use the student: weights=student", 100 * remains, optim.ema_momentum(module.steps)[0],
+        )  # fmt: skip
+    return text
 
 
 def _views(sizes: list[tuple[int, int]]) -> str:

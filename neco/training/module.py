@@ -17,7 +17,8 @@ from neco.loss.base import Loss, Referring
 from neco.model.backbone import Backbone
 from neco.model.head import Head
 from neco.model.mask import foreground
-from neco.training import optim, strategies, trainable
+from neco.training import optim as schedules
+from neco.training import strategies, trainable
 from neco.training.align import WHOLE, align, align_pairs, pair_boxes, pair_order
 from neco.training.base import Module
 from neco.training.references import Queue, from_batch
@@ -80,6 +81,7 @@ class PostTraining(Module):
         self.teacher = None if alone else copy.deepcopy(self.student).eval().requires_grad_(False)
         self.loss = loss
         loss.attach(head.out)
+        self.momentum = schedules.ema_momentum(steps) if options.momentum == "auto" else options.momentum
         self.global_views, self.clean = global_views, clean
         self.recolour = recolour
         self.queue = None
@@ -174,7 +176,7 @@ class PostTraining(Module):
                 strategies.shard_whole(self.loss, self.device_mesh)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        momentum = optim.cosine(*self.options.momentum, self.global_step, self.steps)
+        momentum = schedules.cosine(*self.momentum, self.global_step, self.steps)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.teacher:
             part = {"ema": "", "head_ema": "head"}.get(self.options.teacher)
