@@ -46,7 +46,10 @@ def usage() -> str:
 HYDRA = ("hydra/launcher", "hydra/sweeper")
 MODES = {"-m", "--multirun", "-c", "--cfg", "--info"}
 # What a disk does to a run
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EISDIR}
+DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM),
+    *(errno.EISDIR, errno.ENAMETOOLONG, errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP),
+}
 started = False
 failure: NecoError | None = None
 
@@ -126,7 +129,7 @@ def run(cfg: Any) -> Any:
     if not devices.leader():
         logging.getLogger("neco").setLevel(logging.WARNING)
     try:
-        with devices.fast_attention():
+        with interrupt.uncovered(), devices.fast_attention():
             return task.main(chosen, prepared, output)
     except interrupt.Interrupted as stop:
         saved = kept(output)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import logging
 import re
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from neco import interrupt
+from neco import files, interrupt
 from neco.errors import NecoError
 
 log = logging.getLogger(__name__)
@@ -139,16 +138,12 @@ def bytes_of(path: Path) -> int:
 def alone(path: Path) -> Iterator[None]:
     """Hold .`path`.lock, once no other process does: of many that want the same file one downloads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as file:
+    with path.with_name(f".{path.name}.lock").open("a") as file:
         told = False
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except (BlockingIOError, PermissionError):
-                if not told:
-                    log.info("waiting for another process that downloads %s", path.name)
-                told = True
-                interrupt.check()
-                time.sleep(0.1)
+        while not files.lock(file):
+            if not told:
+                log.info("waiting for another process that downloads %s", path.name)
+            told = True
+            interrupt.check()
+            time.sleep(0.1)
         yield

@@ -1,7 +1,16 @@
-"""Files and folders that appear whole or not at all. What processes that died left of them is removed by the next."""
+"""Files and folders that appear whole or not at all. What processes that died left of them is removed by the next.
+
+Everything that not every file system can do stands here, with what is done instead: exFAT and SMB have no hard links,
+mounts of object stores no locks and no renaming, some network file systems no fsync.
+"""
 
 import contextlib
+import errno
 import fcntl
+import filecmp
+import functools
+import logging
+import mmap
 import os
 import shutil
 import uuid
@@ -11,7 +20,11 @@ from typing import IO, Any
 
 from neco.errors import NecoError
 
+log = logging.getLogger(__name__)
 PATTERN = ".*.part"
+# What a file system answers that cannot do what is asked, whatever the file
+UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EXDEV, errno.EINVAL, errno.EMLINK}
+BLOCK = 1 << 24  # bytes copied at once
 
 
 @contextlib.contextmanager
@@ -29,9 +42,8 @@ def whole(path: Path, mode: str = "wb", **how: Any) -> Iterator[IO[Any]]:
     with file:
         try:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-            part.replace(path)
+            flush(file)
+            rename(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
@@ -56,6 +68,109 @@ def tidy(folder: Path) -> None:
     for part in folder.glob(PATTERN):
         with contextlib.suppress(OSError), _lock(part, wait=False):  # else in use, or no locks are to be had here
             shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def flush(file: IO[Any]) -> None:
+    """Write what is buffered to the disk itself, where the file system can promise that. Raises OSError if it fails."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:  # a full disk may only be told here
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file, over another if there is one, or a folder; copy it where the file system cannot rename.
+
+    Raises:
+        OSError: it can be neither renamed nor copied.
+    """
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_once(
+            f"{target.parent} cannot rename ({error.strerror}): files are copied; an interrupted copy is damaged"
+        )
+        if source.is_dir():
+            shutil.copytree(source, target)
+            shutil.rmtree(source)
+        else:
+            with source.open("rb") as held, target.open("wb") as file:
+                shutil.copyfileobj(held, file, BLOCK)
+                flush(file)
+            source.unlink()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, in place of what had that name; where there are no hard links, copy it.
+
+    Raises:
+        OSError: it cannot be copied either; then what was there before still is.
+    """
+    if target.exists() and _is_one_file(source, target):
+        return  # renaming one name of a file to another of it does nothing, and the temporary name would stay
+    link = target.with_name(f".{target.name}.part")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(source, link)
+    except OSError:
+        with whole(target) as file, source.open("rb") as held:
+            shutil.copyfileobj(held, file, BLOCK)
+        return
+    rename(link, target)
+
+
+def has_same_content(path: Path, other: Path) -> bool:
+    """Return True for two names of a file and for a file and its copy."""
+    return _is_one_file(path, other) or filecmp.cmp(path, other, shallow=False)
+
+
+def _is_one_file(path: Path, other: Path) -> bool:
+    """Return True for hard links to one file. Some file systems number all files 0, but count one name for each."""
+    return path.samefile(other) and path.stat().st_nlink > 1
+
+
+def lock(file: IO[Any], *, wait: bool = False, shared_with_children: bool = False) -> bool:
+    """Lock an open file until it is closed; return False if another process holds it.
+
+    Where the file system has no locks, this says so once and returns True.
+
+    Args:
+        wait: until no other process holds it.
+        shared_with_children: flock, which forked processes keep for as long as they live, instead of a POSIX lock.
+    """
+    try:
+        (fcntl.flock if shared_with_children else fcntl.lockf)(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        folder = Path(file.name).parent
+        _warn_once(f"{folder} has no locks ({error.strerror}): nothing keeps a second process from writing there")
+    return True
+
+
+def touch(path: Path) -> None:
+    """Note that a file was used now, where that can be noted."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def can_be_mapped(path: Path) -> bool:
+    """Return False where the file system maps no files into memory. Raises OSError for a file that cannot be opened."""
+    with path.open("rb") as file:
+        try:
+            mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ).close()
+        except (OSError, ValueError) as error:  # ValueError: it is empty
+            return getattr(error, "errno", None) not in {errno.ENODEV, *UNSUPPORTED}
+    return True
+
+
+@functools.lru_cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 def refused(path: Path, error: BaseException) -> NecoError:

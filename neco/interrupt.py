@@ -26,6 +26,15 @@ class Interrupted(BaseException):
         self.code = 128 + number
 
 
+def find(error: BaseException | None) -> Interrupted | None:
+    """The Interrupted during which an error arose: a file that is being written fails to close when it is cut short."""
+    while error:
+        if isinstance(error, Interrupted):
+            return error
+        error = error.__context__
+    return None
+
+
 asked: int | None = None  # the signal that a block of `put_off` was sent
 meant = False  # it was sent twice: at once, whatever is lost
 _waits = _held = False
@@ -59,7 +68,8 @@ def handled() -> Iterator[None]:
     _waits = _held = False
     listen()
     try:
-        yield
+        with uncovered():
+            yield
     finally:
         asked, _waits, _held = None, False, False
         if threading.current_thread() is threading.main_thread():
@@ -79,6 +89,17 @@ def check() -> None:
     """Raises the Interrupted that got lost, unless it is put off."""
     if asked is not None and not _waits:
         raise Interrupted(asked)
+
+
+@contextlib.contextmanager
+def uncovered() -> Iterator[None]:
+    """Raise the Interrupted in place of an error that arose on its way out of this block."""
+    try:
+        yield
+    except Exception as error:
+        if stop := find(error):
+            raise stop from None
+        raise
 
 
 @contextlib.contextmanager

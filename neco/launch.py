@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from submitit.core.utils import UncompletedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from neco import interrupt
+from neco import files, interrupt
 from neco.cluster import CLUSTERS, Slurm, preempted
 from neco.config import check
 from neco.config import plain as resolved
@@ -214,7 +214,8 @@ def recorded(folder: Path, said: dict[str, Any]) -> bool:
     try:
         return said.get("objective") is None or bool(Results(folder, writes=False).records)
     except NecoError:
-        aside = (damaged := folder / "results.json").replace(folder / "results.damaged.json")
+        damaged, aside = folder / "results.json", folder / "results.damaged.json"
+        files.rename(damaged, aside)
         say(f"again        {damaged} is damaged: kept as {aside.name}")
         return False
 

@@ -7,8 +7,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 from neco import interrupt
+from neco.errors import NecoError
+from neco.training.loop import Checkpoints
 
 
 def send(number: int = signal.SIGTERM) -> None:
@@ -41,6 +44,35 @@ def test_one_that_is_swallowed_is_raised_again():
         send()
     with pytest.raises(interrupt.Interrupted):
         interrupt.check()
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_second_one_during_a_save_is_no_failed_save(tmp_path, number):
+    last = tmp_path / "checkpoints/last.ckpt"
+
+    class Cut(torch.nn.Module):
+        def __reduce__(self):
+            send(number)
+            send(number)
+
+    with pytest.raises(interrupt.Interrupted) as stop, interrupt.handled():
+        interrupt.put_off()
+        Checkpoints(last.parent).save_checkpoint({"a": torch.zeros(1000), "b": Cut()}, last)
+    assert stop.value.code == 128 + number and not last.exists()
+
+
+def test_an_error_that_a_signal_caused_is_the_signal():
+    for error in (RuntimeError("unexpected pos"), OSError("bad file"), NecoError("cannot write")):
+        with pytest.raises(interrupt.Interrupted) as stop, interrupt.handled():
+            try:
+                send(signal.SIGINT)
+            finally:
+                raise error
+        assert stop.value.code == 130
+    with pytest.raises(NecoError), interrupt.handled():  # the first, put off, is not the cause
+        interrupt.put_off()
+        send(signal.SIGINT)
+        raise NecoError("no space left on device")
 
 
 def test_a_hangup_counts_but_under_nohup():

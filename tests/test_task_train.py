@@ -1,10 +1,13 @@
 """The whole of task=train on tiny data: exact resume, what is logged, what is saved, what stops it."""
 
 import csv
+import errno
+import fcntl
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -606,6 +609,44 @@ def numbers(monkeypatch, values):
 
 
 WATCH = ["eval=overcluster", "eval.overcluster.k=4", "train.eval_epochs=1", "train.monitor=overcluster/student/miou_k4"]
+
+
+def refuse(number: int):
+    """A system call that fails."""
+
+    def call(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def test_without_hard_links_checkpoints_are_copied(train, monkeypatch, caplog):
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    monkeypatch.setattr(fcntl, "lockf", refuse(errno.ENOSYS))
+    options = [*WATCH, "train.save_epochs=1"]
+    numbers(monkeypatch, [0.1, 0.0, 0.3, 0.0, 0.2, 0.0])  # at steps 0 (both), 3 and 6
+    monkeypatch.setattr(loop.Loop, "on_train_batch_end", refuse(errno.EIO))
+    with pytest.raises(OSError):  # it ends after the evaluation of the start
+        train(*options, "train.steps=6")
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    numbers(monkeypatch, [0.3, 0.0, 0.2, 0.0])
+    folder = train(*options, "train.steps=6")
+    found = {path.name: path for path in (folder / "checkpoints").iterdir()}
+    steps = {name: torch.load(path, weights_only=True)["global_step"] for name, path in found.items()}
+    assert steps == {"last.ckpt": 6, "epoch_0001.ckpt": 3, "best.ckpt": 3}
+    assert "evaluated by other values" not in caplog.text, "a copy of the last is none of another evaluation"
+
+
+def test_a_checkpoint_that_cannot_be_kept_ends_no_run(train, monkeypatch, caplog):
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    monkeypatch.setattr(shutil, "copyfileobj", refuse(errno.ENOSPC))
+    numbers(monkeypatch, [0.1, 0.3, 0.0, 0.2, 0.0])
+    folder = train(*WATCH, "train.save_epochs=1", "train.steps=6")
+    assert state(folder)["global_step"] == 6
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt"}
+    for name in ("epoch_0001.ckpt", "best.ckpt"):
+        assert re.search(rf"{name} is not kept: No space left on device\. The run goes on", caplog.text)
 
 
 def test_best_checkpoint_and_early_stopping(train, monkeypatch):

@@ -1,7 +1,6 @@
 """Tar and zip archives: what they hold, found out once, and reading of single members by their offset."""
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -368,8 +367,8 @@ class Store:
             if self.path:
                 with contextlib.suppress(OSError):
                     self.path.parent.mkdir(parents=True, exist_ok=True)
-                    file = stack.enter_context(self.path.with_suffix(".lock").open("w"))
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                    file = stack.enter_context(self.path.with_suffix(".lock").open("a"))
+                    files.lock(file, wait=True, shared_with_children=True)
             yield
 
     def load(self, key: str) -> dict[str, Any] | None:

@@ -77,7 +77,7 @@ class Shapes(Dataset):
             with ThreadPoolExecutor(16) as pool:  # one by one is 20 times slower
                 list(pool.map(files.sync, work.rglob("*")))
             try:
-                work.rename(folder)
+                files.rename(work, folder)
             except OSError:
                 if not folder.is_dir():  # else another process was first, with the same images
                     raise

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import zlib
 from pathlib import Path
 from typing import IO, Any
@@ -42,11 +41,11 @@ class Cache:
         if path is None:
             return None
         try:
-            features = np.load(path, mmap_mode="r")
+            features = np.load(path, mmap_mode="r" if files.can_be_mapped(path) else None)
             with path.open("rb") as file:
                 file.seek(features.nbytes + features.offset)
                 sound = file.read() == checksum(features)
-            os.utime(path)
+            files.touch(path)
         except FileNotFoundError:
             return None
         except Exception:  # of numpy, which raises just anything for a damaged header

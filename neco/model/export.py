@@ -175,7 +175,7 @@ def write(
         for written in whole:
             files.sync(written)
         for written in whole:
-            written.replace(path.with_name(written.name))
+            files.rename(written, path.with_name(written.name))
     return told
 
 

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from torch import Tensor
 
-from neco import interrupt
+from neco import files, interrupt
 from neco.download import alone, fetch
 from neco.errors import NecoError
 from neco.progress import transfers
@@ -88,7 +88,9 @@ def contents(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
         with torch.serialization.safe_globals(_harmless()):
             try:
-                held = torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=zipped)
+                held = torch.load(
+                    path, map_location="cpu", weights_only=not trust_pickle, mmap=zipped and files.can_be_mapped(path)
+                )
             except UnpicklingError as error:  # it names the first class; of most files all can be had
                 if zipped and (unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(path)):
                     raise UnpicklingError("".join(f"GLOBAL {name} " for name in unsafe)) from error
@@ -236,7 +238,7 @@ def _download(url: str) -> Path:
             if digest and not found.startswith(digest[1]):
                 part.unlink()
                 raise NecoError(f"its SHA-256 is {found} instead of {digest[1]}...")
-            part.replace(path)
+            files.rename(part, path)
     except (NecoError, OSError) as error:
         raise _unreachable(url, error) from error
     return path

@@ -1,7 +1,6 @@
 """What tasks share: the device, the run folder's lock, weights, and recording evaluations."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -12,7 +11,7 @@ from typing import Any
 import timm
 import torch
 
-from neco import devices
+from neco import devices, files
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset
 from neco.dataset.inspect import inspect
@@ -75,12 +74,9 @@ def locked(folder: Path, task: str) -> Iterator[None]:
             raise NecoError(f"{config} is damaged: remove it, and the same command goes on with the run")
         what = f"a run of task={held.group(1)}" if held else "a config.yaml of something else"
         raise NecoError(f"run_dir={folder} holds {what}; give task={task} a folder of its own")
-    with (folder / ".lock").open("w") as file:
-        try:
-            # Not flock: data workers inherit that, and hold it for seconds after their process was killed.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise NecoError(f"run_dir={folder}: another process is running there") from None
+    with (folder / ".lock").open("a") as file:
+        if not files.lock(file):
+            raise NecoError(f"run_dir={folder}: another process is running there")
         yield
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +70,7 @@ class Checkpoints(TorchCheckpointIO):
         self.folder, self.last, self.saved_at = folder, folder / "last.ckpt", time.monotonic()
 
     def save(self, trainer: pl.Trainer, keep_as: str | None = None) -> None:
-        """Renew last.ckpt; `keep_as` names a second link to it that stays. Raises NecoError where it cannot be."""
+        """Renew last.ckpt; `keep_as` is a second name under which it stays. Raises NecoError if it cannot be saved."""
         temporary = self.folder / "last.ckpt.tmp"
         trainer.save_checkpoint(temporary)  # a task of all processes, written by the first
         self.saved_at = time.monotonic()
@@ -79,7 +78,7 @@ class Checkpoints(TorchCheckpointIO):
             return
         if keep_as:
             self.keep(temporary, keep_as)
-        temporary.replace(self.last)
+        files.rename(temporary, self.last)
         files.sync(self.folder)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -88,29 +87,35 @@ class Checkpoints(TorchCheckpointIO):
             self.folder.mkdir(exist_ok=True)
             with Path(path).open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
+                files.flush(file)
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 Path(path).unlink(missing_ok=True)
+            if not isinstance(error, OSError | RuntimeError) or interrupt.find(error):
+                raise
             kept = f"{self.last} is the one before" if self.last.is_file() else "none was saved before"
             raise NecoError(f"{files.refused(path, error)}. {kept}; the same command goes on from there") from error
 
     def set_aside(self, name: str, other: str) -> bool:
         """Another name for what is called `name`, if anything but the last is; whether it was."""
         path = self.folder / name
-        if found := path.exists() and not path.samefile(self.last):
-            path.replace(self.folder / other)
+        if found := path.exists() and not files.has_same_content(path, self.last):
+            with self.tolerated(self.folder / other):
+                files.rename(path, self.folder / other)
         return found
 
     def keep(self, path: Path, name: str) -> None:
         """Another name for a checkpoint, under which it stays."""
-        if (self.folder / name).exists() and path.samefile(self.folder / name):
-            return  # renaming one name of a file to another of it does nothing, and the link would stay
-        link = self.folder / f"{name}.tmp"
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-        link.replace(self.folder / name)
+        with self.tolerated(self.folder / name):
+            files.link_or_copy(path, self.folder / name)
+
+    @contextlib.contextmanager
+    def tolerated(self, path: Path) -> Iterator[None]:
+        """Warn that a checkpoint is not kept and go on: the run can do without, it continues from last.ckpt."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s is not kept: %s. The run goes on", path, error.strerror or error)
 
 
 def together(values: dict[str, float], late: bool, asked: int | None) -> tuple[dict[str, float], bool, int | None]:
