@@ -138,7 +138,7 @@ def bytes_of(path: Path) -> int:
 def alone(path: Path) -> Iterator[None]:
     """Hold .`path`.lock, once no other process does: of many that want the same file one downloads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("a") as file:
+    with files.open_for_appending(path.with_name(f".{path.name}.lock")) as file:
         told = False
         while not files.lock(file):
             if not told:

@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,8 @@ def scratch(parent: Path) -> Iterator[Path]:
 def tidy(folder: Path) -> None:
     """Remove what `whole` and `scratch` of processes that are no more left in a folder."""
     for part in folder.glob(PATTERN):
-        with contextlib.suppress(OSError), _lock(part, wait=False):  # else in use, or no locks are to be had here
+        # An error: it is in use, it is a link, or there are no locks here.
+        with contextlib.suppress(OSError), _lock(part, wait=False):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
@@ -131,6 +133,31 @@ def has_same_content(path: Path, other: Path) -> bool:
 def _is_one_file(path: Path, other: Path) -> bool:
     """Return True for hard links to one file. Some file systems number all files 0, but count one name for each."""
     return path.samefile(other) and path.stat().st_nlink > 1
+
+
+def open_for_appending(path: Path, **how: Any) -> IO[Any]:
+    """Open a text file of ours to append to, or to lock, and make it if it is not there. It is never emptied.
+
+    In a folder that somebody else made, such a file may be a link to any other: links, pipes and devices are refused.
+
+    Raises:
+        NecoError: it is one of these.
+        OSError: it cannot be opened.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        number = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)  # no waiting for a pipe
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            os.close(number)
+            raise OSError(errno.ELOOP, "no file")
+        return number
+
+    try:
+        return open(path, "a", opener=opener, **how)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EMLINK):
+            raise NecoError(f"{path} is a link, a pipe or a device, not a file: remove it") from error
+        raise
 
 
 def lock(file: IO[Any], *, wait: bool = False, shared_with_children: bool = False) -> bool:
@@ -204,7 +231,7 @@ def _begin(path: Path, mode: str, how: dict[str, Any]) -> tuple[IO[Any], Path]:
 @contextlib.contextmanager
 def _lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold a temporary. Raises OSError where that cannot be, unless it is to `wait`."""
-    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    number = os.open(path, os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
     try:
         with contextlib.suppress(OSError) if wait else contextlib.nullcontext():
             fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

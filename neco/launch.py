@@ -133,9 +133,9 @@ class Job:
         if self.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
         self.folder.mkdir(parents=True, exist_ok=True)
-        output = os.open(self.folder / f"output_{here.global_rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        with files.open_for_appending(self.folder / f"output_{here.global_rank}.txt") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
         sys.argv = self.command
         setup_globals()
         self.note("running", id=here.job_id)

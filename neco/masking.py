@@ -33,7 +33,15 @@ _USER = re.compile(r"([^/@]*@)+|[^/@:]*:(?!\d+([/?#]|$)).*@")  # a password may 
 _PARAMETER = re.compile(r"(?<![\w.%-])([\w.%-]+)=([^&;#]*)")
 _PAIR = re.compile(r"([=:]\s?(?:(?:Bearer|Basic|Token) )?[\"']?)([^\s\"',;&<>()\[\]{}]+)")
 _NAME = re.compile(r"[\w.-]+(?=[\"']?\s?$)")
-_PARTS = ("token", "key", "pass", "secret", "cred", "pwd", "auth")  # a name without any is not secret: it is fast to see
+_PARTS = (
+    "token",
+    "key",
+    "pass",
+    "secret",
+    "cred",
+    "pwd",
+    "auth",
+)  # fast to look for
 _STORAGE = re.compile(r"(hydra\.sweeper\.storage=[\"']?)[^\s\"']+")  # others may write there
 _TOKEN = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|wandb_v\d+_\w{16,}"

@@ -5,7 +5,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import RenderableType
 from rich.progress import (
@@ -20,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from neco import interrupt
+from neco import files, interrupt
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -31,6 +32,13 @@ class Lines(logging.StreamHandler):
     """Log lines in the terminal, above a bar that is shown: rich takes the place of sys.stderr meanwhile."""
 
     stream = property(lambda self: sys.stderr, lambda self, stream: None)  # type: ignore[assignment]
+
+
+class LogFile(logging.FileHandler):
+    """A log that is appended to, in a folder that may be somebody else's."""
+
+    def _open(self) -> Any:
+        return files.open_for_appending(Path(self.baseFilename), encoding=self.encoding, errors=self.errors)
 
 
 def columns() -> tuple:

@@ -137,13 +137,6 @@ def test_a_lock_that_another_process_holds_counts(tmp_path, monkeypatch, number)
         pass
 
 
-def test_a_lock_empties_no_file(tmp_path):
-    (tmp_path / "victim").write_text("kept")
-    (tmp_path / ".lock").symlink_to(tmp_path / "victim")
-    with locked(tmp_path, "train"):
-        assert (tmp_path / "victim").read_text() == "kept"
-
-
 def test_without_memory_maps_files_are_read(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"content")
     (tmp_path / "empty").touch()
@@ -160,3 +153,31 @@ def test_the_system_calls_that_not_all_file_systems_have_are_in_one_module():
     )
     found = {path.name for path in (ROOT / "neco").rglob("*.py") if pattern.search(path.read_text())}
     assert found <= {"files.py", "archive.py"}, "archive.py sets a time within an OSError that is a warning"
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
+def test_what_is_appended_to_is_a_file_of_its_folder(tmp_path, kind):
+    victim, path = tmp_path / "victim", tmp_path / "run/.lock"
+    path.parent.mkdir()
+    if kind != "dangling":
+        victim.write_text("precious")
+    if kind in ("link", "dangling"):
+        path.symlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises((NecoError, IsADirectoryError), match=r"\.lock"):
+        files.open_for_appending(path)
+    if kind == "link":
+        with pytest.raises(NecoError, match=r"\.lock is a link"), locked(path.parent, "eval"):
+            pass
+        (tmp_path / "run/.a.lock").symlink_to(victim)
+        with pytest.raises(NecoError, match=r"\.a\.lock is a link"), alone(tmp_path / "run/a"):
+            pass
+    assert victim.exists() == (kind != "dangling") and (kind == "dangling" or victim.read_text() == "precious")
+    path.rmdir() if kind == "folder" else path.unlink()
+    for _ in range(2):
+        with files.open_for_appending(path) as file:
+            file.write("line\n")
+    assert path.read_text() == "line\nline\n"

@@ -367,7 +367,7 @@ class Store:
             if self.path:
                 with contextlib.suppress(OSError):
                     self.path.parent.mkdir(parents=True, exist_ok=True)
-                    file = stack.enter_context(self.path.with_suffix(".lock").open("a"))
+                    file = stack.enter_context(files.open_for_appending(self.path.with_suffix(".lock")))
                     files.lock(file, wait=True, shared_with_children=True)
             yield
 

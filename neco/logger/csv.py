@@ -45,7 +45,8 @@ class Csv(Tracker):
             sound = [*map(is_sound, rows)]
             if not all(sound[:-1]):  # a kill may leave half of the last
                 aside = self.path.with_name("metrics.damaged.csv")
-                shutil.copyfile(self.path, aside)
+                with files.whole(aside) as file, self.path.open("rb") as held:  # in place of a link, not through it
+                    shutil.copyfileobj(held, file)
                 log.warning("%s is damaged: kept as %s, here without the lines that cannot be read", self.path, aside)
             kept = [row for row in compress(rows, sound) if int(row["step"]) <= about.step]
             self._rewrite(kept)
@@ -59,7 +60,7 @@ class Csv(Tracker):
             rows = read(self.path)[1] if self.path.is_file() else []
             self.fields += new
             self._rewrite(rows)
-        with self.path.open("a", newline="") as file:
+        with files.open_for_appending(self.path, newline="") as file:
             csv.DictWriter(file, self.fields, restval="").writerow(whole)
 
     def _rewrite(self, rows: list[Row]) -> None:

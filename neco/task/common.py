@@ -74,7 +74,7 @@ def locked(folder: Path, task: str) -> Iterator[None]:
             raise NecoError(f"{config} is damaged: remove it, and the same command goes on with the run")
         what = f"a run of task={held.group(1)}" if held else "a config.yaml of something else"
         raise NecoError(f"run_dir={folder} holds {what}; give task={task} a folder of its own")
-    with (folder / ".lock").open("a") as file:
+    with files.open_for_appending(folder / ".lock") as file:
         if not files.lock(file):
             raise NecoError(f"run_dir={folder}: another process is running there")
         yield

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from neco import devices
+from neco import devices, files
 from neco.dataset.base import Dataset, Sample, read_image
 from neco.dataset.inspect import places, read_pair
 from neco.errors import NecoError
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 Limits = Mapping[str, tuple[int, int]]
 FILE = "bad_images.txt"
+TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names are any bytes
 LOOKS, SECONDS = 48, 5.0  # images read of each part of the data, and how long that may take
 CHANCE = 1e-6  # that a data set within its limit is refused at the look
 
@@ -102,7 +103,7 @@ class BadImages(pl.Callback):
             return
         self.known |= self._listed()  # what other processes found, too
         new = {i: why for i, why in found if _line(self.samples[i].key) not in self.known}
-        with self._open("a") as file:
+        with files.open_for_appending(self.path, **TEXT) as file:
             for index, why in new.items():
                 sample = self.samples[index]
                 self.known.add(_line(sample.key))
@@ -124,11 +125,8 @@ class BadImages(pl.Callback):
     def _listed(self) -> set[str]:
         if not self.path.is_file():
             return set()
-        with self._open("r") as file:
+        with self.path.open(**TEXT) as file:
             return {line.split("\t")[0] for line in file}
-
-    def _open(self, mode: str) -> Any:
-        return self.path.open(mode, encoding="utf-8", errors="surrogateescape")  # file names are any bytes
 
 
 def _line(text: str) -> str:
