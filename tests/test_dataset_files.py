@@ -4,18 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from neco.dataset import files
+from neco.dataset import file_state, files
 from neco.dataset.files import Tree, listing
 from neco.errors import NecoError
 
 HOUR = 3600 * 10**9
 
 
-def settle(folder):
-    """Let all folders be an hour old, each at a time of its own."""
-    now = time.time_ns() - HOUR
-    for number, (path, _, _) in enumerate(os.walk(folder)):
-        os.utime(path, ns=(now, now + number))
+@pytest.fixture
+def clock(monkeypatch):
+    """Hours that have passed, to be changed: nothing can set the time back at which a folder was changed."""
+    hours, real = [1], time.time_ns
+    monkeypatch.setattr(file_state.time, "time_ns", lambda: real() + hours[0] * HOUR)
+    return hours
 
 
 @pytest.fixture
@@ -24,7 +25,6 @@ def photos(tmp_path, monkeypatch):
     for name in ("a/1.jpg", "a/2.jpg", "b/c/3.jpg", "b/c/notes.txt", "b/4.png", "5.jpg", ".hidden/6.jpg", "d/7.tar.gz"):
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / name).touch()
-    settle(tmp_path / "photos")
     return tmp_path / "photos"
 
 
@@ -37,7 +37,7 @@ def read(monkeypatch):
     return found
 
 
-def test_a_kept_listing_is_renewed_where_something_was_added_removed_or_renamed(photos, read, tmp_path):
+def test_a_kept_listing_is_renewed_where_something_was_added_removed_or_renamed(photos, read, clock, tmp_path):
     changes = {
         "nothing": (lambda: None, []),
         "added": (lambda: (photos / "b/c/8.jpg").touch(), ["c"]),
@@ -56,19 +56,30 @@ def test_a_kept_listing_is_renewed_where_something_was_added_removed_or_renamed(
     assert set(fresh()) == {"", "a/", "b/", "b/c/", "d/"} and read == everything
     for what, (change, wanted) in changes.items():
         change()
+        clock[0] = 0
         found = fresh()
         assert read == wanted, what
         assert found == listing(str(photos)), "as without the kept one"
         fresh()
-        # what has just changed may change again unseen; a renamed folder itself did not change
-        assert read == [name for name in wanted if name != "e"], what
-        settle(photos)
+        assert read == wanted, "what has just changed may change again unseen"
+        clock[0] = 1
         fresh(), fresh()
         assert read == [], f"{what}: it was long ago"
     assert list(Tree(photos, tmp_path / "index").images()) == ["5.jpg", "b/4.png", "b/9.jpg", "b/e/3.jpg", "b/e/8.jpg"]
 
 
-def test_short_listings_are_not_kept_and_broken_ones_are_made_anew(photos, read, tmp_path, monkeypatch):
+def test_a_folder_in_the_place_of_another_with_its_time_is_read(photos, clock, tmp_path):
+    listing(str(photos), tmp_path / "index")
+    before = (photos / "a").stat()
+    (photos / "a").rename(tmp_path / "old")
+    (photos / "a").mkdir()
+    for name in ("3.jpg", "4.jpg"):
+        (photos / "a" / name).touch()
+    os.utime(photos / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert listing(str(photos), tmp_path / "index")["a/"] == ["3.jpg", "4.jpg"]
+
+
+def test_short_listings_are_not_kept_and_broken_ones_are_made_anew(photos, read, clock, tmp_path, monkeypatch):
     index = tmp_path / "index"
     found = listing(str(photos), index)
     (kept,) = index.glob("listing-*.npz")
@@ -81,7 +92,7 @@ def test_short_listings_are_not_kept_and_broken_ones_are_made_anew(photos, read,
     assert not kept.exists()
 
 
-def test_folders_without_a_time_are_always_read(photos, read, tmp_path):
+def test_folders_without_a_time_are_always_read(photos, read, clock, tmp_path):
     for path in (photos / "a", photos / "b"):
         os.utime(path, ns=(0, 0))
     listing(str(photos), tmp_path / "index")

@@ -297,10 +297,15 @@ def test_the_cache_misses_whatever_changes_features(dataset: Files, tmp_path: Pa
     Image.fromarray(np.array(Image.open(path)) // 2).save(path)
     assert missed()
     assert not missed()
-    times, content = path.stat(), bytearray(path.read_bytes())
-    path.write_bytes(content)  # as many bytes, the old time
+    times, content = path.stat(), path.read_bytes()
+    path.write_bytes(content)
+    assert path.stat().st_mtime_ns != times.st_mtime_ns and not missed(), "the same content"
+    Image.new("RGB", (60, 45), "red").save(path, "BMP")
+    assert missed()
+    times = path.stat()
+    Image.new("RGB", (60, 45), "blue").save(path, "BMP")  # as many bytes, the old time
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert path.stat().st_mtime_ns == times.st_mtime_ns and missed()
+    assert path.stat().st_size == times.st_size and path.stat().st_mtime_ns == times.st_mtime_ns and missed()
 
 
 def test_backbones_without_weights_are_not_kept(dataset: Files, tmp_path: Path) -> None:

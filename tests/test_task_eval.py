@@ -1,6 +1,8 @@
 """task=eval on tiny data: checkpoints and plain backbones, lists and sweeps, what is recorded."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from conftest import losses
 
 from neco import config, load_backbone
 from neco.errors import NecoError
+from neco.eval.overcluster import Overcluster
 from neco.model.weights import weights_hash
 
 FEW = ("task=eval", "dataset.train=12", "dataset.val=6", "extract.workers=0")
@@ -101,29 +104,52 @@ def test_other_values_in_the_same_folder_are_other_numbers(evaluate):
     assert len(evaluate("weights=none", "eval.overcluster.k=20", "dataset.val=5", evals=["overcluster"])) == 3
 
 
-def test_edited_masks_are_evaluated_anew_and_a_moved_set_is_not(evaluate, tmp_path):
+def test_numbers_belong_to_what_files_hold_not_to_their_size_time_and_place(tmp_path, monkeypatch):
     from PIL import Image
 
+    from neco.task import eval as task
+
     for kind in ("i", "m"):
-        (tmp_path / kind).mkdir()
+        (tmp_path / "a" / kind).mkdir(parents=True)
         for n in range(6):
-            Image.new("L", (16, 16), n % 2 if kind == "m" else 40 * n).save(tmp_path / kind / f"{n}.png")
-    folder = ["dataset=folder", f"dataset.root={tmp_path}/i", f"dataset.masks={tmp_path}/m", "dataset.val_fraction=1"]
-    options = ["weights=none", "eval.overcluster.k=2", *folder, "dataset.classes=[a,b]"]
+            grey = n % 2 if kind == "m" else 40 * n
+            Image.new("L", (16, 16), grey).save(tmp_path / "a" / kind / f"{n}.png", "BMP")
 
-    def records(**keys) -> list[dict]:
-        from neco.task import eval as task
-
-        wanted = config.load("task=eval", "extract.workers=0", "eval=overcluster", *LIGHT["overcluster"], *options)
+    def records(root="a") -> list[dict]:
+        place = [f"dataset.root={tmp_path}/{root}/i", f"dataset.masks={tmp_path}/{root}/m", "dataset.val_fraction=1"]
+        wanted = config.load(
+            "task=eval", "extract.workers=0", "eval=overcluster", *LIGHT["overcluster"], "weights=none",
+            "eval.overcluster.k=2", "dataset=folder", "dataset.classes=[a,b]", f"cache_dir={tmp_path}/cache", *place,
+        )  # fmt: skip
         task.main(wanted, task.prepare(wanted), tmp_path / "run")
         return json.loads((tmp_path / "run/results.json").read_text())
 
+    def replace(path, grey) -> None:
+        before = path.stat()
+        Image.new("L", (16, 16), grey).save(path, "BMP")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
+
     assert len(records()) == len(records()) == 1
-    (tmp_path / "i").rename(tmp_path / "j")
-    options[3] = f"dataset.root={tmp_path}/j"
-    assert len(records()) == 1
-    Image.new("L", (16, 16), 1).save(tmp_path / "m/0.png")
-    assert len(records()) == 2
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)  # another disk, new times
+    assert len(records("b")) == 1
+    replace(tmp_path / "b/m/0.png", 1)
+    found = records("b")
+    assert len(found) == 2 and found[0]["metrics"] != found[1]["metrics"]
+    replace(tmp_path / "b/i/0.png", 250)
+    assert len(records("b")) == 3
+    assert len(records("a")) == 3, "that number is still known"
+
+    def edited(*values, **keys):
+        replace(tmp_path / "a/m/1.png", 0)
+        return real(*values, **keys)
+
+    real = Overcluster.__call__
+    replace(tmp_path / "a/m/3.png", 0)
+    monkeypatch.setattr(Overcluster, "__call__", edited)
+    assert records("a")[-1]["asked"].startswith("changed"), "measured while a file was edited"
+    monkeypatch.undo()
+    assert len(records("a")) == len(records("a")) == 5
 
 
 def test_a_folder_holds_runs_of_one_task(train, evaluate):

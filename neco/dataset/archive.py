@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -21,6 +21,8 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 
 from neco import files
+from neco.dataset import file_state
+from neco.dataset.file_state import State, state_of
 from neco.errors import NecoError
 from neco.progress import track
 
@@ -44,7 +46,10 @@ ODD = (
     IndexError,
     MemoryError,
 )  # what the readers raise besides on damaged archives
-# Offset of the content (tar) or of the local header (zip), bytes there, bytes of the content, CRC-32, how it is stored
+HEADER = 512  # bytes of a tar's member, right before its content
+LOOKS = 16  # members by which an index is checked where the file system does not tell whether the archive is the same
+# Offset of the content (tar) or of the local header (zip), bytes there, bytes of the content, CRC-32 (tar: of the
+# header, which holds the name), how it is stored
 Row = tuple[int, int, int, int, int]
 
 
@@ -74,14 +79,15 @@ def read(member: Member) -> bytes:
         raise OSError(REFUSED.get(member.method) or f"zip method {member.method} is not supported: unpack the archive")
     if member.size > LARGEST or (member.size > BOMB[0] and member.size > BOMB[1] * member.stored):
         raise OSError(f"{member.size:.3g} bytes, {member.stored:.3g} of them stored, are no image: unpack the archive")
-    handle = _opened(member.archive, member.time)
-    start, ahead = member.offset, b""
+    handle = opened(member.archive, member.time)
+    start = member.offset - (HEADER if member.method == TAR else 0)
     if start + member.stored > handle.size:  # before as much memory is asked for
         raise OSError("the archive is cut off")
-    if member.method != TAR:
-        ahead = _pread(handle.number, member.stored + 512, start)  # header, mostly with all of the content
-        begin = _header_size(ahead)
-        start, ahead = start + begin, ahead[begin : begin + member.stored]
+    ahead = _pread(handle.number, member.stored + HEADER, start)  # header, mostly with all of the content
+    if member.method == TAR and zlib.crc32(ahead[:HEADER]) != member.crc:
+        raise OSError("the archive was changed while it was in use, or is damaged: start again")
+    begin = HEADER if member.method == TAR else _header_size(ahead)
+    start, ahead = start + begin, ahead[begin : begin + member.stored]
     data = ahead + _pread(handle.number, member.stored - len(ahead), start + len(ahead))
     if len(data) < member.stored:
         raise OSError("the archive is cut off")
@@ -121,13 +127,13 @@ class _Handle:
         self.number = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self.number).st_size
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the very end `os` is gone
         if number := vars(self).get("number"):
-            os.close(number)
+            close(number)
 
 
 @lru_cache(maxsize=128)
-def _opened(path: str, time: int) -> _Handle:
+def opened(path: str, time: int) -> _Handle:
     handle = _Handle(path)
     if os.fstat(handle.number).st_mtime_ns != time:
         raise OSError("the archive was changed while it was in use: start again")
@@ -149,6 +155,24 @@ class Content:
             return None
         offset, stored, size, crc, method = self.rows[place].tolist()
         return Member(self.path, self.time, name, offset, stored, size, crc, method)
+
+    @cached_property
+    def to_inflate(self) -> tuple[int, int]:
+        """Bytes stored of all archives that lie compressed in it, and bytes of their copies."""
+        rows = self.rows[[is_archive(name) for name in self.names]]
+        rows = rows[rows[:, 4] == DEFLATED]
+        return int(rows[:, 1].sum()), int(rows[:, 2].sum())
+
+    def fits(self) -> bool:
+        """Whether some members, spread evenly, lie where they are said to be."""
+        for name in self.names[:: max(1, len(self.names) // LOOKS)]:
+            member = self.find(name)
+            try:
+                if member and member.method in (TAR, STORED, DEFLATED) and member.size <= BOMB[0]:
+                    read(member)
+            except OSError:
+                return False
+        return True
 
     def is_dir(self, name: str) -> bool:
         return next(self.children(name), None) is not None or not name
@@ -180,23 +204,27 @@ def content(path: str, index: Path | None) -> Content:
         raise NecoError(f"cannot read {path}: {error.strerror}") from error
     if not os.access(path, os.R_OK):
         raise NecoError(f"cannot read {path}: permission denied")
-    return _content(path, status.st_size, status.st_mtime_ns, index)
+    return _content(path, state_of(status), index)
 
 
 @lru_cache(maxsize=2048)  # a class each
-def _content(path: str, size: int, time: int, index: Path | None) -> Content:
+def _content(path: str, state: State, index: Path | None) -> Content:
     store = Store(index, "archive", path)
-    key = f"{size} {time}"
+    key, settled, (_, size, time, _) = " ".join(map(str, state)), file_state.is_settled(state), state
     with store.alone():
         kept = store.load(key)
         if kept and len(kept["names"]) == len(kept["rows"]):
-            return Content(path, time, kept["names"], kept["rows"])
+            found = Content(path, time, kept["names"], kept["rows"])
+            if file_state.is_telling(state) or found.fits():
+                return found
+        opened.cache_clear()  # an archive in the place of another may have its time
         with Path(path).open("rb") as file:
             scanned = _scan(file.fileno(), 0, size, path)
-            found = _linked(dict(track(scanned, f"index of {path}")))
-        names = sorted(found)
-        rows = np.array([found[name] for name in names], np.int64).reshape(-1, 5)
-        store.save(key, names=names, rows=rows)
+            members = _linked(dict(track(scanned, f"index of {path}")))
+        names = sorted(members)
+        rows = np.array([members[name] for name in names], np.int64).reshape(-1, 5)
+        if settled:
+            store.save(key, names=names, rows=rows)
     return Content(path, time, names, rows)
 
 
@@ -239,7 +267,9 @@ def _tar(file: BinaryIO, start: int) -> Iterator[tuple[str, Row | str]]:
                 yield info.name, _clean(posixpath.join(posixpath.dirname(info.name), info.linkname))
             elif info.isreg():
                 method = SPARSE if info.issparse() else TAR
-                yield info.name, (start + info.offset_data, info.size, info.size, 0, method)
+                file.seek(info.offset_data - HEADER)
+                crc = zlib.crc32(file.read(HEADER))
+                yield info.name, (start + info.offset_data, info.size, info.size, crc, method)
         file.seek(tar.offset)
         if file.read(512) != bytes(512):  # tarfile takes any broken header for the end
             raise tarfile.ReadError(f"no valid header or end at byte {tar.offset}")
@@ -250,6 +280,11 @@ def _tar(file: BinaryIO, start: int) -> Iterator[tuple[str, Row | str]]:
 
 def _zip(file: BinaryIO, start: int) -> Iterator[tuple[str, Row | str]]:
     with zipfile.ZipFile(file) as archive:
+        end = 0
+        for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+            if info.header_offset < end:  # else one piece of data could be inflated a million times
+                raise zipfile.BadZipFile(f"{info.filename} overlaps another member")
+            end = info.header_offset + 30 + info.compress_size
         for info in archive.infolist():
             method = ENCRYPTED if info.flag_bits & 1 else info.compress_type
             if stat.S_ISLNK(info.external_attr >> 16) and method in (STORED, DEFLATED):
@@ -308,41 +343,58 @@ class _Window(RawIOBase):
         return len(data)
 
 
-def inflate(member: Member, index: Path | None) -> str:
-    """The path of a copy of an archive that lies compressed within another, made once in `index`."""
+def inflated(member: Member, outer: Content, index: Path | None) -> Content:
+    """What an archive holds that lies compressed within another, `outer`, read from a copy in `index`, made once.
+
+    Raises NecoError where it is not copied: there is no room, it is damaged, or it and its like would take far more
+    room than what they are made of. Then nothing of it is left in `index`.
+    """
     if not index:
         raise NecoError(f"{member} is compressed within {member.archive}: unpack {member.archive}")
     if Path(member.archive).parent == index:
         raise NecoError(f"{member} is compressed in an archive that was itself compressed: unpack the outer one")
-    store = Store(index, "copy", str(member), Path(member.name).suffix.lower())
+    stored, size = outer.to_inflate
+    if size > BOMB[0] and size > BOMB[1] * stored:
+        raise NecoError(
+            f"{member.archive}: the archives in it would grow from {stored:.3g} to {size:.3g} bytes, as no images do. "
+            f"If you trust where it is from, unpack {member.archive}"
+        )
+    store = Store(index, "copy", str(member), f"-{member.size:x}-{member.crc:08x}{Path(member.name).suffix.lower()}")
+    path = cast(Path, store.path)
     with store.alone():
-        path = store.path
-        if not (
-            path and path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (member.size, member.time)
-        ):
+        if not (path.is_file() and path.stat().st_size == member.size):
             try:
-                store.write(lambda file: _inflate(member, file), member.size, member.time)
+                store.write(lambda file: _inflate(member, file), member.size)
             except OSError as error:
                 raise NecoError(
                     f"{member} is compressed: a copy of {member.size / 1e9:.1f} GB is wanted in {index}. That failed: "
                     f"{error.strerror or error}. Make room there or unpack {member.archive}."
                 ) from error
-    return str(store.path)
+            for other in index.glob(f"copy-{path.name.split('-')[1]}-*{path.suffix}"):
+                if other != path:  # of what was in its place before
+                    other.unlink(missing_ok=True)
+    try:
+        return content(str(path), index)
+    except NecoError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _inflate(member: Member, file: Any) -> None:
     if member.method != DEFLATED:
         raise OSError(REFUSED.get(member.method) or f"zip method {member.method} is not supported")
-    number = _opened(member.archive, member.time).number
-    begin = member.offset + _header_size(os.pread(number, 30, member.offset))
+    handle = opened(member.archive, member.time)  # closed when it is let go
+    begin = member.offset + _header_size(os.pread(handle.number, 30, member.offset))
     unpacker, crc, size = zlib.decompressobj(-15), 0, 0
     for at in track(range(0, member.stored, CHUNK), f"a copy of {member}, 4 MB each"):
-        data = os.pread(number, min(CHUNK, member.stored - at), begin + at)
+        data = os.pread(handle.number, min(CHUNK, member.stored - at), begin + at)
         while data:
             part = _inflated(unpacker, data, CHUNK)
             data, crc, size = unpacker.unconsumed_tail, zlib.crc32(part, crc), size + len(part)
+            if size > member.size:
+                raise OSError(f"it is larger than the {member.size} bytes that its directory says: download it again")
             file.write(part)
-            if size > member.size or not part:
+            if not part:
                 break
     if (size, crc) != (member.size, member.crc):
         raise OSError("its checksum is wrong: download it again")
@@ -397,7 +449,7 @@ class Store:
             place = self.path and self.path.parent
             _warn(f"what takes long to find out is not kept in {place}: {error.strerror or error}")
 
-    def write(self, write: Callable[[Any], None], size: int = 0, time: int | None = None) -> None:
+    def write(self, write: Callable[[Any], None], size: int = 0) -> None:
         """Make the file, of `size` bytes as far as it is known. Raises OSError where it cannot be."""
         if not self.path:
             return
@@ -407,9 +459,6 @@ class Store:
             raise OSError(f"there is not so much room in {folder}")
         with files.whole(self.path) as file:
             write(file)
-            if time is not None:
-                file.flush()
-                os.utime(file.fileno(), ns=(time, time))
 
 
 @lru_cache

@@ -156,6 +156,10 @@ class Dataset(ABC):
         """
         return raw.astype(np.int64)
 
+    def label_files(self) -> list[Ref]:
+        """Files beside the masks that the labels of what was listed depend on."""
+        return []
+
     def shares(self, samples: Sequence[Sample]) -> list[tuple[int, int]]:
         """(images, how many of them an epoch sees) of consecutive runs of `samples`."""
         return [(len(samples), max(1, round(self.weight * len(samples))))]

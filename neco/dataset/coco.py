@@ -155,6 +155,9 @@ class CocoMasks(Coco):
         log.info("%s %s: masks of %s, encoding %s%s", name, split, folder, encoding, more)
         return found
 
+    def label_files(self) -> list[Ref]:
+        return [listing for encoding, listing in self.encodings.values() if listing and encoding == "panoptic"]
+
     def _tell(self, folder: str, looked: Sequence[Sample], listing: Ref | None) -> Encoding:
         """The encoding of masks. Raises NecoError where they fit none, or two and the folder's name does not tell."""
         masks = [read_stored(sample.mask) for sample in looked if sample.mask]

@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import posixpath
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -13,12 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from neco.dataset import archive
+from neco.dataset import archive, digests, file_state
 from neco.dataset.archive import Content, Member, Store, is_archive
+from neco.dataset.digests import Ref
+from neco.dataset.file_state import State, state_of
 from neco.errors import NecoError
 
 log = logging.getLogger(__name__)
-Ref = str | Member  # path of a file, or where in an archive it is
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PACKED = {  # compressed as a whole: a member cannot be read without all before it -> what helps
     ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tbz2": "bunzip2", ".tar.xz": "unxz",
@@ -26,33 +26,22 @@ PACKED = {  # compressed as a whole: a member cannot be read without all before 
 }  # fmt: skip
 WAYS = 100  # by which links may lead to a folder
 KEEP = 10_000  # names: a listing of fewer is as fast as reading it
-SETTLED = 2 * 10**9  # ns: a folder younger than that may change again at the same time by its file system's clock
 
 
 def read_bytes(ref: Ref) -> bytes:
     """The content of a file. Raises NecoError that names it."""
     try:
         if isinstance(ref, Member):
-            return archive.read(ref)
-        with Path(ref).open("rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) > archive.LARGEST:
-                raise OSError(f"{size:.3g} bytes are more than any image has")
-            return file.read()
+            state, data = digests.settled_state(ref), archive.read(ref)
+        else:
+            with Path(ref).open("rb") as file:
+                if (size := os.fstat(file.fileno()).st_size) > archive.LARGEST:
+                    raise OSError(f"{size:.3g} bytes are more than any image has")
+                state, data = digests.settled_state(file.fileno()), file.read()
+        digests.note_read(ref, state, data)
+        return data
     except OSError as error:
         raise NecoError(f"cannot read {ref}: {error.strerror or error}") from error
-
-
-def stamp(ref: Ref) -> tuple[str, int, int]:
-    """What changes when a file does: its place, bytes and nanoseconds of the last change (of the archive it is in)."""
-    if isinstance(ref, Member):
-        return str(ref), ref.stored, ref.time
-    status = Path(ref).stat()
-    return ref, status.st_size, status.st_mtime_ns
-
-
-def touched(ref: Ref) -> int:
-    """When a file, or the archive it is in, was last written or replaced, in ns: no program can set it back."""
-    return Path(ref.archive if isinstance(ref, Member) else ref).stat().st_ctime_ns
 
 
 def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
@@ -69,24 +58,26 @@ def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
     """
     store = Store(index, "listing", folder)
     kept = _load(store)
-    found: dict[str, tuple[int, list[str]]] = {}
+    found: dict[str, tuple[State | None, list[str]]] = {}
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     ways: Counter[tuple[int, int]] = Counter()
     while waiting:
         relative, above = waiting.pop()
         path = f"{folder}/{relative}"
         try:
-            now, status = time.time_ns(), Path(path).stat()
+            status = Path(path).stat()
             here = status.st_dev, status.st_ino
             if here in above:
                 continue
             ways[here] += 1
             if ways[here] > WAYS:  # folders that link to each other: as many ways as there are orders of them
                 raise NecoError(f"{path}: links lead to this folder in more than {WAYS} ways: remove some")
-            changed, names = kept.get(relative, (0, []))
-            if not changed or changed != status.st_mtime_ns:  # 0: also what file systems without such times say
+            before, names = kept.get(relative, (None, []))
+            now = state_of(status)
+            state: State | None = now
+            if now != before:
+                state = now if now[2] and file_state.is_settled(now) else None  # 0 is no time
                 names = _names(path)
-                changed = status.st_mtime_ns if status.st_mtime_ns < now - SETTLED else 0
         except PermissionError:
             if not relative:
                 raise NecoError(f"cannot list {path}: permission denied") from None
@@ -94,24 +85,28 @@ def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
             continue
         except OSError as error:
             raise NecoError(f"cannot list {path}: {error.strerror}") from error
-        found[relative] = changed, names
+        found[relative] = state, names
         above |= {here}
         waiting += [(f"{relative}{name}", above) for name in reversed(names) if name[-1] == "/"]
     if found != kept and sum(len(names) for _, names in found.values()) >= KEEP:
-        changes = np.array([changed for changed, _ in found.values()], np.int64)
+        states = np.array([state or (0, 0, 0, 0) for state, _ in found.values()], np.int64)
         counts = np.array([len(names) for _, names in found.values()], np.int64)
         names = [name for _, names in found.values() for name in names]
-        store.save("", folders=list(found), changes=changes, counts=counts, names=names)
+        store.save("", folders=list(found), states=states, counts=counts, names=names)
     return {relative: names for relative, (_, names) in found.items()}
 
 
-def _load(store: Store) -> dict[str, tuple[int, list[str]]]:
-    """Folder -> its last change in ns, 0 where that is not to be trusted, and names."""
-    if not (kept := store.load("")):
+def _load(store: Store) -> dict[str, tuple[State | None, list[str]]]:
+    """Folder -> its state when it was read, None where that may not show a change, and names."""
+    if not (kept := store.load("")) or "states" not in kept:
         return {}
     ends = np.cumsum(kept["counts"]).tolist()
     names = [kept["names"][start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    return dict(zip(kept["folders"], zip(kept["changes"].tolist(), names, strict=True), strict=True))
+    states = [
+        (inode, size, modified, changed) if changed else None
+        for inode, size, modified, changed in kept["states"].tolist()
+    ]
+    return dict(zip(kept["folders"], zip(states, names, strict=True), strict=True))
 
 
 def _names(folder: str) -> list[str]:
@@ -315,8 +310,8 @@ class Tree:
         member = place.content.find(place.name)
         if not member:  # stored: its content is in the index
             return place
-        path = archive.inflate(member, self.index)
-        return place._replace(path=path, content=archive.content(path, self.index), name="")
+        inside = archive.inflated(member, place.content, self.index)
+        return place._replace(path=inside.path, content=inside, name="")
 
     def _sound(self, folder: Place, name: str) -> Place | None:
         """The inside of an archive that may have nothing to do with what is looked for; None where it is broken."""

@@ -12,6 +12,8 @@ from typing import IO, Any
 import numpy as np
 
 from neco import files
+from neco.dataset.digests import Contents
+from neco.errors import NecoError
 
 log = logging.getLogger(__name__)
 Spec = dict[str, Any]
@@ -19,7 +21,10 @@ BLOCK = 64  # images
 
 
 class Cache:
-    """A folder of `features-<hash of the spec>.npy`, a CRC-32 at the end; files appear in it whole or not at all.
+    """A folder of `features-<hash of the spec>-<digest of the images>.npy`, a CRC-32 at the end.
+
+    Files appear in it whole or not at all. The content of the images has a name of its own, so that they need not be
+    read to know that there are no features of them.
 
     Args:
         folder: None keeps nothing. A spec of None is never kept either.
@@ -29,17 +34,19 @@ class Cache:
     def __init__(self, folder: Path | None, gigabytes: float) -> None:
         self.folder, self.limit = folder, gigabytes * 1e9
 
-    def path(self, spec: Spec | None) -> Path | None:
+    def prefix(self, spec: Spec | None) -> str | None:
+        """What the names of files with features of `spec` begin with; None where none are kept."""
         if self.folder is None or spec is None:
             return None
         text = json.dumps(spec, sort_keys=True, default=repr)
-        return self.folder / f"features-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
+        return f"features-{hashlib.sha256(text.encode()).hexdigest()[:32]}-"
 
-    def find(self, spec: Spec | None) -> np.ndarray | None:
-        """The features of `spec`, memory-mapped, if they are there."""
-        path = self.path(spec)
-        if path is None:
+    def find(self, spec: Spec | None, images: Contents | None) -> np.ndarray | None:
+        """The features of `images` by `spec`, memory-mapped, if they are there."""
+        prefix = self.prefix(spec)
+        if not (prefix and self.folder and images and any(self.folder.glob(f"{prefix}*.npy"))):
             return None
+        path = self.folder / f"{prefix}{images.digest()}.npy"
         try:
             features = np.load(path, mmap_mode="r" if files.can_be_mapped(path) else None)
             with path.open("rb") as file:
@@ -87,8 +94,8 @@ class Entry:
     A cache that cannot be written (full, read-only, too small) is a warning, not the end of an evaluation.
     """
 
-    def __init__(self, cache: Cache, spec: Spec | None, images: int) -> None:
-        self.cache, self.path, self.images = cache, cache.path(spec), images
+    def __init__(self, cache: Cache, spec: Spec | None, images: Contents | None) -> None:
+        self.cache, self.prefix, self.images = cache, cache.prefix(spec) if images else None, images
         self.stack = contextlib.ExitStack()
         self.file: IO[bytes] | None = None
         self.sum = bytes(4)
@@ -98,39 +105,53 @@ class Entry:
 
     def write(self, features: np.ndarray) -> None:
         """Append the next images, float32 (B, h, w, D)."""
-        if self.path is None:
+        if self.prefix is None or self.images is None:
             return
         try:
             if self.file is None:
-                self.file = self._open(self.path, (self.images, *features.shape[1:]))
+                self.file = self._open((len(self.images.refs), *features.shape[1:]))
             self.file.write(np.ascontiguousarray(features).data)
             self.sum = checksum(features, int.from_bytes(self.sum, "little"))
         except OSError as error:
             self._drop(error)
 
-    def _open(self, path: Path, shape: tuple[int, ...]) -> IO[bytes]:
+    def _open(self, shape: tuple[int, ...]) -> IO[bytes]:
         if not self.cache.fits(shape):
             raise OSError(f"{math.prod(shape) * 4 / 1e9:.1f} GB would be more than cache_gb={self.cache.limit / 1e9:g}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = self.stack.enter_context(files.whole(path))
+        assert self.cache.folder
+        self.cache.folder.mkdir(parents=True, exist_ok=True)
+        self.part = self.stack.enter_context(files.scratch(self.cache.folder))
+        file = self.stack.enter_context((self.part / "features").open("wb"))
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         return file
 
     def _drop(self, error: BaseException) -> None:
         """Remove the file, which makes room for others."""
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | NecoError):
             log.warning("features are not kept in %s: %s", self.cache.folder, error)
         with contextlib.suppress(OSError):  # of closing it on a full disk
             self.stack.__exit__(type(error), error, None)
-        self.file = self.path = None
+        self.file = self.prefix = None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
             if error:
                 self._drop(error)
-            elif self.file:
-                self.file.write(self.sum)
-                self.stack.close()
-                self.cache.trim()
-        except OSError as full:
-            self._drop(full)
+            elif self.file and self.images:
+                self._finish(self.file, self.images)
+        except (OSError, NecoError) as why:
+            self._drop(why)
+
+    def _finish(self, file: IO[bytes], images: Contents) -> None:
+        """Give the file its name. Raises NecoError where the images are not those that were read, or may be others."""
+        file.write(self.sum)
+        file.flush()
+        os.fsync(file.fileno())
+        digest = images.digest()
+        if changed := images.changed():
+            raise NecoError(f"{changed} was changed while features were computed")
+        assert self.cache.folder
+        (self.part / "features").replace(self.cache.folder / f"{self.prefix}{digest}.npy")
+        files.sync(self.cache.folder)
+        self.stack.close()
+        self.cache.trim()

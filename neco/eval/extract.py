@@ -24,7 +24,7 @@ from torchvision.transforms import functional as colour
 
 from neco import devices, interrupt
 from neco.dataset.base import Dataset, Sample, read_image, read_label, same_frame, stored_size
-from neco.dataset.files import stamp, touched
+from neco.dataset.digests import Contents, noting, store_in
 from neco.errors import NecoError
 from neco.eval.base import PatchFeatures, generator, token_grid
 from neco.eval.cache import Cache, Entry, Spec
@@ -115,7 +115,8 @@ class _Items(data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | NecoError:
         try:
-            return self._read(self.samples[index])
+            with noting(store_in(self.dataset.index).remember):
+                return self._read(self.samples[index])
         except NecoError as error:  # raised, the loader would wrap it into a traceback
             return error
 
@@ -181,17 +182,19 @@ class Extract:
         what: str = "images",
     ) -> np.ndarray:
         """All features of `samples` at a size: float32 (N, h, w, D), memory-mapped where the cache has them."""
-        spec, shape = self._spec(backbone, samples, size, STD, draw), (*token_grid(size, backbone.patch), backbone.dim)
-        if (cached := self.cache.find(spec)) is not None:
+        shape = *token_grid(size, backbone.patch), backbone.dim
+        spec = self._spec(backbone, samples, size, STD, draw)
+        contents = _contents(spec, dataset, samples)
+        if (cached := self.cache.find(spec, contents)) is not None:
             return cached
         items = _Items(dataset, samples, size, images=True, nearest=None, draw=draw)
         if spec and self.cache.fits((len(samples), *shape)):  # never all of them in memory
-            for _ in self._compute(spec, backbone, items, STD, what):
+            for _ in self._compute(spec, contents, backbone, items, STD, what):
                 pass
-            if (cached := self.cache.find(spec)) is not None:
+            if (cached := self.cache.find(spec, contents)) is not None:
                 return cached
         features = np.empty((len(samples), *shape), np.float32)
-        for rows, part, _ in self._compute(spec, backbone, items, STD, what):
+        for rows, part, _ in self._compute(spec, contents, backbone, items, STD, what):
             features[rows] = part
         return features
 
@@ -223,22 +226,29 @@ class Extract:
         if not samples:
             return
         spec = self._spec(backbone, samples, size, std, draw) if keep else None
-        cached = self.cache.find(spec)
+        contents = _contents(spec, dataset, samples)
+        cached = self.cache.find(spec, contents)
         items = _Items(dataset, samples, size, images=cached is None, nearest=nearest, draw=draw)
         if cached is not None:
             parts = self._load(items, f"masks of {what}") if nearest else self._rows(len(samples))
             for rows, (_, masks) in parts:
                 yield rows, torch.from_numpy(np.array(cached[rows])), masks
             return
-        yield from self._compute(spec, backbone, items, std, what)
+        yield from self._compute(spec, contents, backbone, items, std, what)
 
     def _compute(
-        self, spec: Spec | None, backbone: PatchFeatures, items: _Items, std: tuple[float, float, float], what: str
+        self,
+        spec: Spec | None,
+        contents: Contents | None,
+        backbone: PatchFeatures,
+        items: _Items,
+        std: tuple[float, float, float],
+        what: str,
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """What `stream` yields, and into the cache with it."""
         batches = self._load(items, f"features of {what}")
         begun = ((rows, self._begin(backbone, images, std), masks) for rows, (images, masks) in batches)
-        with Entry(self.cache, spec, len(items)) as entry:
+        with Entry(self.cache, spec, contents) as entry:
             for rows, found, masks in _behind(begun):  # a GPU has always something to compute
                 features = found()
                 entry.write(features.numpy())
@@ -331,7 +341,7 @@ class Extract:
         std: tuple[float, float, float],
         draw: Draw | None,
     ) -> Spec | None:
-        """Everything that features depend on; None where nothing is kept or there are no weights to know it by."""
+        """Everything that features depend on but what the images hold; None where none are kept, or without weights."""
         if self.cache.folder is None or not isinstance(backbone, nn.Module) or not [*backbone.parameters()]:
             return None
         sources = {inspect.getfile(used) for used in (Extract, read_image, type(backbone))}
@@ -342,10 +352,15 @@ class Extract:
             "normalisation": (MEAN, std),
             "size": sides(size),
             "draw": asdict(draw) if draw else None,
-            "samples": [(sample.key, *stamp(sample.image), touched(sample.image)) for sample in samples],
+            "samples": [sample.key for sample in samples],
             "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},
             "source": [hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in sorted(sources)],
         }
+
+
+def _contents(spec: Spec | None, dataset: Dataset, samples: Sequence[Sample]) -> Contents | None:
+    """What the images hold; None where features are not kept."""
+    return Contents([sample.image for sample in samples], dataset.index) if spec else None
 
 
 def _behind(items: Iterable[T]) -> Iterator[T]:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from neco import devices
 from neco.dataset.base import IGNORE, Dataset, Sample, read_stored
-from neco.dataset.files import stamp
 from neco.errors import NecoError
 from neco.eval import clustering, metrics
 from neco.eval.base import (
@@ -182,8 +180,10 @@ class Unsupervised:
         self.search, self.seeds = search, seeds
         self.sample, self.iterations, self.restarts, self.engine = sample, iterations, restarts, engine
 
-    def plan(self, patch: int, dataset: Dataset) -> tuple[tuple[int, int], int, list[Sample], list[Sample], list[Any]]:
-        """Size of the input, the background class, the images of train and val, and state of their mask files, if any.
+    def plan(
+        self, patch: int, dataset: Dataset
+    ) -> tuple[tuple[int, int], int, list[Sample], list[Sample], list[Sample]]:
+        """Size of the input, the background class, the images of train and val, and the given masks of both, if any.
 
         Raises NecoError for everything that can be seen to fail before the first image is read.
         """
@@ -197,12 +197,12 @@ class Unsupervised:
         for name, k in (("k", self.k), ("k_community", self.given.k)):
             if k > patches:
                 raise NecoError(f"{name}={k} clusters of {patches} patches: use a smaller {name}")
-        stamps = [self._stamp(sample) for sample in (*train, *val) if self.masks]
-        if twice := [path for path, count in Counter(path for path, *_ in stamps).items() if count > 1]:
+        masks = [Sample(sample.key, self._mask(sample)) for sample in (*train, *val) if self.masks]
+        if twice := [path for path, count in Counter(sample.image for sample in masks).items() if count > 1]:
             raise NecoError(
                 f"masks={self.masks}: {twice[0]} would be that of several images; name it by their whole keys"
             )
-        return size, background, train, val, stamps
+        return size, background, train, val, masks
 
     def names(self, dataset: Dataset) -> list[str]:
         """Of the metrics."""
@@ -325,7 +325,7 @@ class Unsupervised:
         front = np.empty((len(own), h, w), bool)
         if self.masks:
             for row, sample in enumerate(own):
-                stored = read_stored(str(self._mask(sample)))
+                stored = read_stored(self._mask(sample))
                 pixels = (stored.reshape(*stored.shape[:2], -1) > 0).any(2)
                 shares = Image.fromarray(pixels.astype(np.uint8) * 255).resize((w, h), Image.Resampling.BOX)
                 front[row] = np.asarray(shares) >= 128
@@ -447,19 +447,13 @@ class Unsupervised:
     def _preferred(self, classes: int) -> int:
         return self.modules or classes - 1
 
-    def _mask(self, sample: Sample) -> Path:
+    def _mask(self, sample: Sample) -> str:
+        """The file of a given mask. Raises NecoError where there is none."""
         assert self.masks
-        whole = self.masks / f"{sample.key}.png"
-        return whole if whole.is_file() else self.masks / f"{sample.key.rpartition('/')[2]}.png"
-
-    def _stamp(self, sample: Sample) -> tuple[str, int, int]:
-        try:
-            return stamp(str(self._mask(sample)))
-        except OSError as error:
-            raise NecoError(
-                f"masks={self.masks}: {self._mask(sample)} cannot be read ({error.strerror}); every image of train and "
-                "val needs one"
-            ) from error
+        for name in (sample.key, sample.key.rpartition("/")[2]):
+            if (path := self.masks / f"{name}.png").is_file():
+                return str(path)
+        raise NecoError(f"masks={self.masks}: {path} is not there; every image of train and val needs one")
 
     def _protocol(self, size: Size, classes: int) -> str:
         chosen = {"standard": "modules and modularity", "reference": "train mIoU"}[self.compat]

@@ -25,7 +25,8 @@ from torch.utils import data
 from neco import devices, files, interrupt, results
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset, Sample, read_image, stored_size
-from neco.dataset.files import stamp
+from neco.dataset.digests import DigestStore, Ref, joined, noting, states_of
+from neco.dataset.file_state import State, is_telling
 from neco.dataset.inspect import places
 from neco.errors import NecoError
 from neco.eval.base import input_size
@@ -112,8 +113,11 @@ def _fits(options: Embed, folder: Path, network: Any, dataset: Dataset, samples:
         )
 
 
+Read = tuple[State | None, str]  # of a file: its state, if that shows any later change, and the digest of what it held
+
+
 class Images(data.Dataset):
-    """At each index the image, uint8 (3, H, W), or why it cannot be read."""
+    """At each index the image, uint8 (3, H, W), and what was read for it; or why it cannot be read."""
 
     def __init__(self, samples: Sequence[Sample], size: tuple[int, int] | None, patch: int, limit: int) -> None:
         self.samples, self.size, self.patch, self.limit = samples, size, patch, limit
@@ -121,29 +125,34 @@ class Images(data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __getitem__(self, index: int) -> tuple[Tensor, Read] | str:
+        read: list[Read] = []
         try:
-            image = Image.fromarray(read_image(self.samples[index].image))
+            with noting(lambda ref, state, digest: read.append((state, digest.hex()))):
+                image = Image.fromarray(read_image(self.samples[index].image))
         except NecoError as error:
             return str(error)
         tall, wide = self.size or native(*image.size, self.patch, self.limit)
         pixels = np.array(image.resize((wide, tall), Image.Resampling.BILINEAR))
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return torch.from_numpy(pixels).permute(2, 0, 1), read[0]
 
 
 class Shards:
     """The shards of a folder, and the one that is being filled.
 
-    `done`: how many of the samples they cover. `asked`: what features depend on, by name. Raises NecoError for a folder
-    that holds those of something else, or damaged ones.
+    `done`: how many of the samples they cover. `asked`: what features depend on beside what the images hold, by name.
+    Raises NecoError for a folder that holds those of something else, or damaged ones.
     """
 
-    def __init__(self, folder: Path, asked: dict[str, str], options: Embed) -> None:
+    def __init__(self, folder: Path, asked: dict[str, str], options: Embed, samples: Sequence[Sample]) -> None:
         self.folder, self.asked, self.options = folder, asked, options
+        refs = {sample.key: sample.image for sample in samples}
         self.done = self.count = 0
         self.bad: list[tuple[str, str]] = []
         for name, held in self.headers():
             differs = [name for name in asked if held["asked"].get(name) != asked[name]]
+            if not differs and not _holds([refs[key] for key, *_ in held["images"]], held):
+                differs = ["images"]
             if differs:
                 what = ", ".join(differs)
                 raise NecoError(f"run_dir={folder} holds features of other {what}; give task=embed one of its own")
@@ -156,6 +165,7 @@ class Shards:
     def _start(self) -> None:
         self.start, self.rows = self.done, list[Tensor]()
         self.images: list[tuple[str, int, int]] = []
+        self.read: list[Read] = []
         self.new: list[tuple[str, str]] = []
         self.bytes = 0
 
@@ -171,13 +181,16 @@ class Shards:
             except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
                 raise NecoError(f"{path} is damaged ({error}): remove it and those after it, then go on") from error
 
-    def add(self, sample: Sample, found: Tensor | str) -> None:
-        """Append features (h, w, D) of the next image, or why it cannot be read."""
+    def skip(self, sample: Sample, why: str) -> None:
+        """Note why the next image cannot be read."""
         self.done += 1
-        if isinstance(found, str):
-            self.new.append((sample.key, found))
-            self.bad.append((sample.key, found))
-            return
+        self.new.append((sample.key, why))
+        self.bad.append((sample.key, why))
+
+    def add(self, sample: Sample, found: Tensor, read: Read) -> None:
+        """Append features (h, w, D) of the next image, and what was read for them."""
+        self.done += 1
+        self.read.append(read)
         rows = found.to(getattr(torch, self.options.dtype)).flatten(0, 1).contiguous()
         if not rows.isfinite().all():
             raise NecoError(f"features of {sample.key} are beyond float16: embed.dtype=float32")
@@ -192,6 +205,8 @@ class Shards:
         if not self.images and not self.new:
             return
         about = {"asked": self.asked, "start": self.start, "end": self.done, "images": self.images, "bad": self.new}
+        states, contents = zip(*self.read, strict=True) if self.read else ((), ())
+        about |= {"states": None if None in states else joined(states), "contents": joined(contents)}
         path = self.folder / self._next()
         rows = torch.cat(self.rows) if self.rows else torch.zeros(0, 1)
         with files.whole(path) as file:  # save_file's would be for the owner only
@@ -222,7 +237,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         report = weights.load(backbone, job.source, job.which, trust_pickle=settings.run.trust_pickle)
         log.info("%s: %s", job.model["name"], report)
         size = side_rule(options, backbone.patch, job.dataset)
-        shards = Shards(output, _asked(options, size, backbone, report.hash, job.samples), options)
+        shards = Shards(output, _asked(options, size, backbone, report.hash, job.samples), options, job.samples)
         what = settings.config, settings.overrides, settings.choices
         results.describe(output, *what, device_name(job.device))
         if shards.done:
@@ -241,8 +256,13 @@ def main(settings: Settings, job: Job, output: Path) -> None:
             loaded = iter(batches)
         rest = iter(left)
         for batch in track(loaded, f"batches of {extract.batch_size} images", total=len(batches)):
-            for found in _features(extract, backbone, batch, options.pool):
-                shards.add(next(rest), found)
+            readable = [item[0] for item in batch if not isinstance(item, str)]
+            features = iter(_features(extract, backbone, readable, options.pool))
+            for item in batch:
+                if isinstance(item, str):
+                    shards.skip(next(rest), item)
+                else:
+                    shards.add(next(rest), next(features), item[1])
             _check(output, shards.bad, limits)
         shards.close()
         images = shards.write_index()
@@ -251,12 +271,12 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         log.info("wrote       %s: %d images in %d files", output / "index.csv", images, shards.count)
 
 
-def _features(extract: Extract, backbone: Any, batch: list[Tensor | str], pool: str) -> list[Tensor | str]:
+def _features(extract: Extract, backbone: Any, images: Sequence[Tensor], pool: str) -> list[Tensor]:
     """Features (h, w, D) of each image; those of one size share a pass."""
-    found = list(batch)
-    for shape in {item.shape for item in batch if isinstance(item, Tensor)}:
-        at = [i for i, item in enumerate(batch) if isinstance(item, Tensor) and item.shape == shape]
-        features = extract.forward(backbone, torch.stack([batch[i] for i in at]))  # type: ignore[misc]
+    found = list(images)
+    for shape in {image.shape for image in images}:
+        at = [i for i, image in enumerate(images) if image.shape == shape]
+        features = extract.forward(backbone, torch.stack([images[i] for i in at]))
         if pool == "mean":
             features = features.mean((1, 2), keepdim=True)
         for i, maps in zip(at, features, strict=True):
@@ -264,12 +284,18 @@ def _features(extract: Extract, backbone: Any, batch: list[Tensor | str], pool: 
     return found
 
 
+def _holds(refs: Sequence[Ref], held: dict[str, Any]) -> bool:
+    """Whether the features of a shard are of what these images hold; reads them only if their states do not tell."""
+    states = states_of(refs)
+    if joined(states) == held.get("states") and all(map(is_telling, states)):
+        return True
+    return joined(DigestStore(None).digests(refs)) == held.get("contents")
+
+
 def _asked(options: Embed, size: Any, backbone: Any, digest: str, samples: Sequence[Sample]) -> dict[str, str]:
-    images = hashlib.sha256()
-    for sample in samples:
-        images.update(repr((sample.key, *stamp(sample.image)[1:])).encode())
+    names = hashlib.sha256(repr([sample.key for sample in samples]).encode(errors="surrogateescape"))
     values = options.split, size or options.limit, options.pool, options.dtype
-    return {"weights": digest, "model": repr(backbone.spec), "values": repr(values), "images": images.hexdigest()[:12]}
+    return {"weights": digest, "model": repr(backbone.spec), "values": repr(values), "images": names.hexdigest()[:12]}
 
 
 def _check(folder: Path, bad: Sequence[tuple[str, str]], limits: dict[str, tuple[int, int]]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from neco import files
 from neco.config import Settings, option, options
 from neco.dataset.base import Dataset, Sample
-from neco.dataset.files import stamp
+from neco.dataset.digests import Contents
 from neco.eval.base import Result, Trained, input_size
 from neco.eval.extract import Extract
 from neco.eval.pictures import shown
@@ -29,7 +30,7 @@ from neco.values import share
 
 log = logging.getLogger(__name__)
 Origin = Mapping[str, Any]  # see `origin`
-KEPT = ("root", "masks", "index", "weight", "max_bad")  # keys of a data set that change no number
+KEPT = ("root", "masks", "index", "files", "weight", "max_bad")  # keys of a data set that change no number
 
 
 def origin(
@@ -85,15 +86,18 @@ def measure(
         for network, backbone in networks.items():
             digest = weights_hash(backbone)
             for name, evaluation in evaluations.items():
-                asked = _asked(settings, name, evaluation, backbone, dataset)
-                key = {"evaluation": name, "weights": digest, "asked": asked}
-                same = [record for record in found if key.items() <= record.items()]  # of another network
-                record = same[0] if same else store.find(step=step, network=network, **key)
+                asked = Asked(settings, name, evaluation, backbone, dataset)
+                key = {"evaluation": name, "weights": digest}
+                same, record = [], None
+                if any(key.items() <= record.items() for record in (*found, *store.records)):  # else nothing to compare
+                    key["asked"] = asked.digest()
+                    same = [record for record in found if key.items() <= record.items()]  # of another network
+                    record = same[0] if same else store.find(step=step, network=network, **key)
                 if record is None or _incomplete(record, run, show):
                     log.info("evaluating: %s of the %s on %s", name, network, dataset_name)
                     place = {"dataset": dataset_name, "split": "val", "step": step, "epoch": epoch}
-                    files = f"{name}-{network}-{step}-{asked}-{digest}"
-                    measured = _run(settings, evaluation, backbone, dataset, device, store, files)
+                    start = f"{name}-{network}-{step}"
+                    measured = _run(settings, evaluation, backbone, dataset, device, store, start, asked, digest)
                     record = {**key, **place, "seed": settings.run.seed, **measured}
                     numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in record["metrics"].items())
                     log.info("%s of the %s: %s", name, network, numbers)
@@ -116,20 +120,40 @@ def _node(settings: Settings) -> dict[str, Any]:
     return settings.config["val_dataset" if settings.config.get("val_dataset") else "dataset"]
 
 
-def _asked(settings: Settings, name: str, evaluation: Any, backbone: Any, dataset: Dataset) -> str:
-    """Hash of all that an evaluation's numbers depend on but the weights."""
-    node = {key: value for key, value in _node(settings).items() if key not in KEPT}
-    plan = evaluation.plan(patch=backbone.patch, dataset=dataset)
-    plan = [[*map(_state, part)] if isinstance(part, list) else part for part in plan]
-    depends = settings.config["eval"].get(name), node, plan, settings.run.seed, getattr(backbone, "spec", None)
-    return hashlib.sha256(repr(depends).encode()).hexdigest()[:12]
+class Asked:
+    """All that an evaluation's numbers depend on but the weights: its values, the names of images and what files hold.
+
+    Nothing is read until `digest`: the first evaluation of some images reads them once, and their digests with them.
+    """
+
+    def __init__(self, settings: Settings, name: str, evaluation: Any, backbone: Any, dataset: Dataset) -> None:
+        node = {key: value for key, value in _node(settings).items() if key not in KEPT}
+        plan = evaluation.plan(patch=backbone.patch, dataset=dataset)
+        samples = [sample for part in plan if isinstance(part, list) for sample in part if isinstance(sample, Sample)]
+        plan = [[*map(_name, part)] if isinstance(part, list) else part for part in plan]
+        values = settings.config["eval"].get(name), node, plan, settings.run.seed, getattr(backbone, "spec", None)
+        self.values = repr(values)
+        refs = [ref for sample in samples for ref in (sample.image, sample.mask) if ref is not None]
+        self.contents = Contents([*refs, *dataset.label_files()], dataset.index)
+
+    def digest(self) -> str:
+        """In 12 hexadecimal digits. Raises NecoError for a file that cannot be read."""
+        return hashlib.sha256(f"{self.values} {self.contents.digest()}".encode(errors="surrogateescape")).hexdigest()[
+            :12
+        ]
+
+    def answered(self) -> str:
+        """The digest, when the evaluation is through. If a file was changed meanwhile, one that is never asked for."""
+        digest = self.digest()
+        if changed := self.contents.changed():
+            log.warning("%s was changed while it was evaluated: the next run measures again", changed)
+            return f"changed-{uuid.uuid4().hex[:8]}"
+        return digest
 
 
-def _state(item: Any) -> Any:
-    """Of a sample: its key, and of its files what changes when they do, wherever they lie. Anything else is itself."""
-    if not isinstance(item, Sample):
-        return item
-    return item.key, *(stamp(ref)[1:] for ref in (item.image, item.mask) if ref is not None)
+def _name(item: Any) -> Any:
+    """Of a sample, its key; anything else is itself."""
+    return item.key if isinstance(item, Sample) else item
 
 
 def _incomplete(record: Mapping[str, Any], run: Path, show: int) -> bool:
@@ -148,16 +172,26 @@ def _run(
     dataset: Dataset,
     device: torch.device,
     store: Results,
-    name: str,
+    start: str,
+    asked: Asked,
+    weights: str,
 ) -> dict[str, Any]:
-    """What a record says of the evaluation itself; `name` is that of its files."""
+    """What a record says of the evaluation itself; `start` is what the names of its files begin with."""
     memory.reset_peak(device)
-    start, show = time.monotonic(), settings.run.show
+    begun, show = time.monotonic(), settings.run.show
     extract: Extract = settings.build("extract", device=device)
     result: Result = evaluation(backbone, dataset, extract=extract, seed=settings.run.seed, show=show)
-    seconds, peak = time.monotonic() - start, memory.peak(device) / memory.GB
+    seconds, peak = time.monotonic() - begun, memory.peak(device) / memory.GB
     cost = {"seconds": round(seconds, 2), "peak_memory_gb": round(peak, 3)}
-    record = {"protocol": result.protocol, "metrics": result.metrics, "details": result.details, **cost}
+    answered = asked.answered()
+    name = f"{start}-{answered}-{weights}"
+    record = {
+        "asked": answered,
+        "protocol": result.protocol,
+        "metrics": result.metrics,
+        "details": result.details,
+        **cost,
+    }
     if result.heads:
         files = {head: f"heads/{name}-{head}.safetensors" for head in result.heads}
         record["saved"] = files

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from neco.dataset.archive import Store
+from neco.dataset.digests import Contents
 from neco.errors import NecoError
 from neco.eval.cache import Cache, Entry
 from neco.model import sources
@@ -151,17 +152,21 @@ def checkpoint(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome
 def caches(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
     features = np.arange(5 * 4 * 4 * 8, dtype=np.float32).reshape(5, 4, 4, 8)
     cache, index = Cache(folder / "features", 1), Store(folder, "archive", "some.tar")
-    with Entry(cache, {"a": 1}, len(features)) as entry:
+    for number in range(len(features)):
+        (folder / f"{number}.png").write_bytes(bytes([number]))
+    images = Contents([str(folder / f"{number}.png") for number in range(len(features))], None)
+    with Entry(cache, {"a": 1}, images) as entry:
         entry.write(features)
+    (kept,) = (folder / "features").glob("features-*.npy")
     index.save("key", names=["a", "b"], rows=np.arange(200))
     for _ in range(count):
-        what, path = rng.choice((("features", cache.path({"a": 1})), ("index", index.path)))
+        what, path = rng.choice((("features", kept), ("index", index.path)))
         assert path
         whole = path.read_bytes()
         how, content = damaged(rng, whole)
         path.write_bytes(content)
         if what == "features":
-            found = cache.find({"a": 1})
+            found = cache.find({"a": 1}, images)
             assert found is None or np.array_equal(found, features)
         else:
             found = index.load("key")
