@@ -448,7 +448,7 @@ def fresh(base: Path) -> Path:
     shutil.rmtree(base / "t", ignore_errors=True)
     (base / "t").mkdir(parents=True)
     archive._content.cache_clear()
-    archive._opened.cache_clear()
+    archive.opened.cache_clear()
     coco._segments.cache_clear()
     return base / "t"
 
