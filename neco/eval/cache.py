@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import IO, Any
