@@ -26,6 +26,8 @@ PATTERN = ".*.part"
 # What a file system answers that cannot do what is asked, whatever the file
 UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EXDEV, errno.EINVAL, errno.EMLINK}
 BLOCK = 1 << 24  # bytes copied at once
+CACHE_TAG = "CACHEDIR.TAG"  # as bford.info/cachedir has it: backups leave such folders out, too
+SIGNATURE = "Signature: 8a477f597d28d172789f06e886806bcd\n# neco "
 
 
 @contextlib.contextmanager
@@ -62,6 +64,23 @@ def scratch(parent: Path) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_cache_folder(folder: Path) -> None:
+    """Make a folder, if it is not there, for what can be made again; it is marked, so that its files are no images."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CACHE_TAG).write_text(
+            f"{SIGNATURE}makes again what is lost here, and reads no images in this folder.\n"
+        )
+
+
+def is_cache_tag(path: Path) -> bool:
+    """Whether a file of that name says that its folder was made by `make_cache_folder`."""
+    try:
+        return path.read_text().startswith(SIGNATURE)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def tidy(folder: Path) -> None:

@@ -1,12 +1,20 @@
+import io
 import os
 import time
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from neco import results
 from neco.dataset import file_state, files
 from neco.dataset.files import Tree, listing
+from neco.dataset.shapes import Shapes
 from neco.errors import NecoError
+from neco.eval.pictures import Picture
+from neco.report import gallery
 
 HOUR = 3600 * 10**9
 
@@ -98,6 +106,39 @@ def test_folders_without_a_time_are_always_read(photos, read, clock, tmp_path):
     listing(str(photos), tmp_path / "index")
     read.clear()
     assert listing(str(photos), tmp_path / "index") == listing(str(photos)) and read[:2] == ["a", "b"]
+
+
+def test_folders_of_runs_and_caches_hold_no_images(photos, clock, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    Image.new("RGB", (8, 8)).save(photos / "own.png")
+    before = set(Tree(photos, tmp_path / "index").images())
+    for run in ("runs/eval/one", "runs/sweep/seed-0", "b/two"):
+        (photos / run).mkdir(parents=True)
+        results.describe(photos / run, {"task": "eval"}, [], {}, "cpu")
+        gallery.save([Picture("groups", np.zeros((4, 4, 3), np.uint8), "a", "")], photos / run, "retrieval")
+    Shapes(root=str(photos / "cache/shapes"), train=2, val=1).samples("train")
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w", zipfile.ZIP_DEFLATED) as outer:
+        inner = io.BytesIO()
+        with zipfile.ZipFile(inner, "w") as file:
+            file.writestr("x.jpg", b"1")
+        outer.writestr("inner.zip", inner.getvalue())
+    assert len(Tree(tmp_path / "outer.zip", photos / "cache/index").images()) == 1
+    assert len(list((photos / "cache").rglob("*.zip"))) == 1 and len(list((photos / "cache").rglob("*.jpg"))) == 3
+    for _ in ("listed", "from the kept listing"):
+        assert set(Tree(photos, tmp_path / "index").images()) == before
+    assert f"5 folders of runs and caches are left out below {photos}, like {photos}/" in caplog.text
+    assert list(Tree(photos / "b/two").images()) == ["pictures/retrieval/000.jpg"], "the root may be anything"
+    assert list(Tree(photos / "b/two/pictures").images()) == ["retrieval/000.jpg"]
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as file:
+        for path in sorted(photos.rglob("*")):
+            file.write(path, path.relative_to(photos))
+    assert not [key for key in Tree(tmp_path / "all.zip").images() if key.startswith(("runs", "b/two"))]
+
+
+def test_a_folder_with_one_file_of_a_runs_name_is_none(photos):
+    for name in ("config.yaml", "CACHEDIR.TAG"):
+        (photos / "a" / name).write_text("something else")
+    assert {"a/1.jpg", "a/2.jpg"} <= set(Tree(photos).images())
 
 
 def test_links_are_followed_but_not_to_a_folder_above(tmp_path):

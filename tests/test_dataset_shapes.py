@@ -104,6 +104,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, place):
         Shapes(root=str(tmp_path / place)).samples("train")
 
 
+def test_nothing_is_drawn_into_a_folder_of_something_else(tmp_path):
+    (tmp_path / "voc").mkdir()
+    (tmp_path / "voc/1.jpg").touch()
+    with pytest.raises(NecoError, match=r"dataset\.root=.*voc holds 1\.jpg: .*Leave dataset\.root out"):
+        Shapes(root=str(tmp_path / "voc")).samples("train")
+    assert os.listdir(tmp_path / "voc") == ["1.jpg"]
+    for seed in (0, 1):  # what was drawn before is nothing else
+        assert len(Shapes(root=str(tmp_path / "mine"), train=2, val=1, seed=seed).samples("train")) == 2
+
+
 class Patches(torch.nn.Module):
     """Features without a network: raw normalised RGB patches, or noise of the same size."""
 

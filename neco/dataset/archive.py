@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 ARCHIVES = (".tar", ".zip")
 # How a member is stored: zip's own numbers, of which two are read, and what else there is
 STORED, DEFLATED, TAR, ENCRYPTED, SPARSE, DANGLING = 0, 8, -1, -2, -3, -4
+RUN = frozenset(("config.yaml", "environment.json"))  # what every run writes into its folder, see neco.results
+LEFT_OUT = ".left out"  # stands for all that is in a folder that neco wrote; no name of a file that is listed: hidden
 REFUSED = {
     ENCRYPTED: "it is encrypted: unpack the archive with its password",
     SPARSE: "it is a sparse file: unpack the archive",
@@ -187,11 +189,14 @@ class Content:
             place = bisect_left(self.names, f"{prefix}{child}0", place) if slash else place + 1  # "0" follows "/"
 
     def walk(self, folder: str) -> Iterator[tuple[str, list[str]]]:
-        """Folders below (relative, `/` at the end) and what lies in each; archives are not entered."""
+        """Folders below (relative, `/` at the end) and what lies in each; archives are not entered, nor run folders."""
         waiting = [""]
         while waiting:
             relative = waiting.pop()
             names = list(self.children(f"{folder}/{relative}".strip("/")))
+            if relative and RUN.issubset(names):
+                yield relative, [LEFT_OUT]
+                continue
             yield relative, [name.rstrip("/") if is_archive(name.rstrip("/")) else name for name in names]
             waiting += [f"{relative}{name}" for name in names if name[-1] == "/" and not is_archive(name[:-1])]
 
@@ -418,7 +423,7 @@ class Store:
         with contextlib.ExitStack() as stack:
             if self.path:
                 with contextlib.suppress(OSError):
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    files.make_cache_folder(self.path.parent)
                     file = stack.enter_context(files.open_for_appending(self.path.with_suffix(".lock")))
                     files.lock(file, wait=True, shared_with_children=True)
             yield
@@ -454,7 +459,7 @@ class Store:
         if not self.path:
             return
         folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_cache_folder(folder)
         if size > shutil.disk_usage(folder).free:
             raise OSError(f"there is not so much room in {folder}")
         with files.whole(self.path) as file:

@@ -164,7 +164,7 @@ class DigestStore:
             return
         with contextlib.suppress(OSError):  # a folder that cannot be written remembers nothing
             if self.output is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                files.make_cache_folder(self.path.parent)
                 self.output = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             os.write(self.output, record)
 

@@ -6,6 +6,7 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from neco.dataset import archive, digests, file_state
-from neco.dataset.archive import Content, Member, Store, is_archive
+from neco.dataset.archive import LEFT_OUT, Content, Member, Store, is_archive
 from neco.dataset.digests import Ref
 from neco.dataset.file_state import State, state_of
 from neco.errors import NecoError
+from neco.files import CACHE_TAG, is_cache_tag
 
 log = logging.getLogger(__name__)
+MARKS = {*archive.RUN, CACHE_TAG}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PACKED = {  # compressed as a whole: a member cannot be read without all before it -> what helps
     ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tbz2": "bunzip2", ".tar.xz": "unxz",
@@ -51,7 +54,8 @@ def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
 
     Returns:
         path relative to `folder` with `/` at the end ("" itself) -> names of images, archives and, with `/` at the end,
-        of folders, sorted. Links are followed, but not to a folder above.
+        of folders, sorted. Links are followed, but not to a folder above. Folders of runs and caches of neco, other
+        than `folder`, are not entered; their only name is LEFT_OUT.
 
     Raises:
         NecoError: a folder cannot be read, or links lead to it in more than 100 ways.
@@ -78,6 +82,8 @@ def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
             if now != before:
                 state = now if now[2] and file_state.is_settled(now) else None  # 0 is no time
                 names = _names(path)
+            if names[:1] == [LEFT_OUT]:
+                names = [LEFT_OUT] if relative else names[1:]
         except PermissionError:
             if not relative:
                 raise NecoError(f"cannot list {path}: permission denied") from None
@@ -110,13 +116,16 @@ def _load(store: Store) -> dict[str, tuple[State | None, list[str]]]:
 
 
 def _names(folder: str) -> list[str]:
+    """Of images, archives and folders in a folder; LEFT_OUT before them where it is that of a run or a cache."""
     wanted = (*SUFFIXES, *archive.ARCHIVES, *PACKED)
-    found = []
+    found, marks = [], set()
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
             if name[0] == ".":  # "._x.jpg": a macOS resource fork
                 continue
+            if name in MARKS:
+                marks.add(name)
             try:
                 if entry.is_dir():
                     if name != "__MACOSX":
@@ -126,7 +135,8 @@ def _names(folder: str) -> list[str]:
             except OSError as error:
                 if error.errno != errno.ELOOP:  # a link to itself leads to nothing, as any to what is not there
                     raise
-    return sorted(found)
+    ours = marks >= archive.RUN or (CACHE_TAG in marks and is_cache_tag(Path(folder, CACHE_TAG)))
+    return [*([LEFT_OUT] if ours else []), *sorted(found)]
 
 
 class Place(NamedTuple):
@@ -178,6 +188,14 @@ class Place(NamedTuple):
         return self.content.walk(self.name) if self.content else iter(listing(self.path, index).items())
 
 
+class Gathered(NamedTuple):
+    """What was found below a folder: images by key, archives compressed as a whole, folders of runs and caches."""
+
+    images: dict[str, Ref]
+    packed: list[Place]
+    left: list[Place]
+
+
 class Tree:
     """The files below `root`. All paths are relative to it, with `/`; `""` is `root` itself. No I/O on construction.
 
@@ -227,11 +245,14 @@ class Tree:
         """Image files anywhere below a folder, sorted: path relative to it (with `/` and suffix) -> the file.
 
         Archives are folders of the name without suffix, unless that folder or all that they hold lies beside them.
+        Folders of runs and of caches of neco are left out, unless `path` lies in one.
         """
-        found: dict[str, Ref] = {}
-        packed: list[Place] = []
+        gathered = Gathered({}, [], [])
         for place in self._folders(path):
-            self._collect(place, "", found, packed)
+            self._collect(place, "", gathered)
+        found, packed, left = gathered.images, gathered.packed, gathered.left
+        if left:
+            _tell(f"{len(left)} folders of runs and caches are left out below {self.root / path}, like {left[0]}")
         if packed and not found:
             raise NecoError(f"no image files in {self.root / path}, but {_advice(packed[0])}")
         if packed:
@@ -333,29 +354,30 @@ class Tree:
         only_archive = len(tops) == 1 and is_archive(tops[0]) and tops[0][:-4] == name[:-4]
         return self._mounted(place, tops[0]) if only_archive else place
 
-    def _collect(self, place: Place, above: str, found: dict[str, Ref], packed: list[Place]) -> None:
+    def _collect(self, place: Place, above: str, into: Gathered) -> None:
         """Add the images below a place, under keys that begin with `above`."""
         for relative, names in place.walk(self.index):
             here = place.child(relative[:-1]) if relative else place
+            if names == [LEFT_OUT]:
+                into.left.append(here)
+                continue
             for name in names:
                 if name.lower().endswith(SUFFIXES):
-                    found.setdefault(f"{above}{relative}{name}", here.found(name))
+                    into.images.setdefault(f"{above}{relative}{name}", here.found(name))
                 elif _is_packed(name):
-                    packed.append(here.child(name))
+                    into.packed.append(here.child(name))
                 elif is_archive(name):
-                    self._enter(here, name, names, f"{above}{relative}{name[:-4]}/", found, packed)
+                    self._enter(here, name, names, f"{above}{relative}{name[:-4]}/", into)
 
-    def _enter(
-        self, folder: Place, name: str, beside: list[str], above: str, found: dict[str, Ref], packed: list[Place]
-    ) -> None:
+    def _enter(self, folder: Place, name: str, beside: list[str], above: str, into: Gathered) -> None:
         """Add the images in an archive, unless it lies unpacked beside it."""
         if f"{name[:-4]}/" in beside or all(
             top != name and folder.child(top).exists() for top in self._opened(folder, name).children()
         ):
-            inside: dict[str, Ref] = {}
-            self._collect(self._opened(folder, name), "", inside, packed)
+            inside = into._replace(images={})
+            self._collect(self._opened(folder, name), "", inside)
             beside_it = folder.child(name[:-4]) if f"{name[:-4]}/" in beside else folder
-            keys = sorted(inside)[:: max(1, len(inside) // 100)]
+            keys = sorted(inside.images)[:: max(1, len(inside.images) // 100)]
             if lost := [key for key in keys if not (folder.child(key).file() or beside_it.child(key).file())]:
                 raise NecoError(
                     f"{folder.child(name)} is only partly unpacked beside it, {lost[0]} for one is not: unpack all of "
@@ -363,7 +385,13 @@ class Tree:
                 )
             log.info("%s is left out: what it holds lies beside it", folder.child(name))
         else:
-            self._collect(self._mounted(folder, name), above, found, packed)
+            self._collect(self._mounted(folder, name), above, into)
+
+
+@lru_cache
+def _tell(message: str) -> None:
+    """Once: a folder is listed for each split, and for masks."""
+    log.info("%s", message)
 
 
 def _is_packed(name: str) -> bool:

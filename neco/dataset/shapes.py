@@ -5,6 +5,7 @@ random, scale and direction a little, so that raw pixels say next to nothing abo
 """
 
 import hashlib
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,6 +55,7 @@ class Shapes(Dataset):
         folder = self.root / hashlib.sha256(content.encode()).hexdigest()[:12]
         files.tidy(self.root)  # whoever died once the images had their name left an empty folder
         if not folder.is_dir():
+            self._check_root()
             try:
                 self._write(folder)
             except OSError as error:
@@ -61,11 +63,23 @@ class Shapes(Dataset):
                 raise NecoError(f"cannot write the drawn images to {folder}: {error}. {advice}") from error
         return pair_samples(*(Tree(folder / split / kind).images() for kind in ("images", "masks")))
 
+    def _check_root(self) -> None:
+        """Raises NecoError where something else lies in `root`, which was meant for another data set."""
+        there = sorted(path.name for path in self.root.iterdir()) if self.root.is_dir() else []
+        if others := [
+            name for name in there if not re.fullmatch(r"[0-9a-f]{12}|\..*", name) and name != files.CACHE_TAG
+        ]:
+            raise NecoError(
+                f"dataset.root={self.root} holds {', '.join(others[:3])}{' ...' if others[3:] else ''}: dataset=shapes "
+                "draws its images into a folder of its own. Leave dataset.root out, or choose another data set"
+            )
+
     def _write(self, folder: Path) -> None:
         """Draw into a temporary folder, then rename it: the first process wins, nobody ever sees half a data set."""
         self.root.mkdir(parents=True, exist_ok=True)
         with files.scratch(self.root) as temporary:
             work = temporary / "shapes"
+            files.make_cache_folder(work)
             for split, count in self.counts.items():
                 for kind in ("images", "masks"):
                     (work / split / kind).mkdir(parents=True)

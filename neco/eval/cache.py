@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import zlib
 from pathlib import Path
 from typing import IO, Any
@@ -146,13 +145,12 @@ class Entry:
     def _finish(self, file: IO[bytes], images: Contents) -> None:
         """Give the file its name. Raises NecoError where the images are not those that were read, or may be others."""
         file.write(self.sum)
-        file.flush()
-        os.fsync(file.fileno())
+        files.flush(file)
         digest = images.digest()
         if changed := images.changed():
             raise NecoError(f"{changed} was changed while features were computed")
         assert self.cache.folder
-        (self.part / "features").replace(self.cache.folder / f"{self.prefix}{digest}.npy")
+        files.rename(self.part / "features", self.cache.folder / f"{self.prefix}{digest}.npy")
         files.sync(self.cache.folder)
         self.stack.close()
         self.cache.trim()
