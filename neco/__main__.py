@@ -102,7 +102,7 @@ def run(cfg: Any) -> Any:
     from hydra.types import RunMode
 
     from neco import progress
-    from neco.launch import again, told
+    from neco.launch import resume_command, told
 
     startup.begin()
     logging.raiseExceptions = False  # else each line for a log on a full disk is a traceback
@@ -135,7 +135,7 @@ def run(cfg: Any) -> Any:
         saved = kept(output)
         if hydra.mode == RunMode.MULTIRUN:  # all of it: jobs that are done stay so
             overrides, output = sys.argv[1:], Path(hydra.sweep.dir)
-        stop.args = (f"{stop}; {saved}. {again(overrides, output)}",)
+        stop.args = (f"{stop}; {saved}. {resume_command(overrides, output)}",)
         raise
     except OSError as error:
         if error.errno not in DISK and output.is_dir():
@@ -283,7 +283,7 @@ def main() -> None:
         if failed := launch.failed:
             told = "\n".join(f"  {folder}: {message}" for _, folder, message in failed)
             raise NecoError(
-                f"jobs that did not end well: {len(failed)}. {launch.again(arguments, failed[0][0])}\n{told}"
+                f"jobs that did not end well: {len(failed)}. {launch.resume_command(arguments, failed[0][0])}\n{told}"
             )
         for error in (*sweep.unwritten, *([failure] if failure else [])):
             raise error

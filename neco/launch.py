@@ -1,12 +1,12 @@
 """The jobs of a sweep: named, left out when done, run here or submitted. One that fails does not end the others."""
 
 import dataclasses
+import glob
 import hashlib
 import json
 import logging
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -29,6 +29,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from neco import files, interrupt
 from neco.cluster import CLUSTERS, Slurm, preempted
+from neco.commands import escape_interpolation, format_command, key_of, override
 from neco.config import check
 from neco.config import plain as resolved
 from neco.errors import NecoError
@@ -185,10 +186,15 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return resolved(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
 
 
-def again(overrides: Iterable[str], folder: Any) -> str:
+def resume_command(overrides: Iterable[str], folder: Any) -> str:
     """The command that goes on."""
-    same = [o for o in overrides if not o.startswith("run_dir=")]
-    return f"To go on: python -m neco {shlex.join([*same, f'run_dir={folder}'])}"
+    same = [o for o in overrides if key_of(o) != "run_dir"]
+    return f"To go on: {format_command([*same, override('run_dir', folder)])}"
+
+
+def collect_command(folder: Path) -> str:
+    """The command that puts the results of a sweep beside each other."""
+    return format_command(["task=report", override("runs", [f"{glob.escape(str(folder))}/*"])])
 
 
 def name(overrides: Sequence[str], changing: set[str]) -> str:
@@ -254,7 +260,7 @@ class Launcher(launcher.Launcher):
         for i, job in enumerate(jobs):
             jobs[i] = folders.setdefault(job.folder, job)  # a search may ask for the same job twice
             if jobs[i].digest != job.digest:
-                both = " and ".join(shlex.join(told(each.config.hydra)) for each in (jobs[i], job))
+                both = " and ".join(format_command(told(each.config.hydra)) for each in (jobs[i], job))
                 raise NecoError(f"{job.folder} would be the folder of two jobs: {both}; give each a sweep of its own")
         todo = [job for job in folders.values() if not self.done(job)]
         if self.cluster:
@@ -276,10 +282,10 @@ class Launcher(launcher.Launcher):
         config = self.loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
-            config.hydra.sweep.dir = str(self.folder)
+            config.hydra.sweep.dir = escape_interpolation(str(self.folder))
             config.hydra.sweep.subdir = config.hydra.sweep.subdir or name(overrides, self.changing)
         job = Job(config, sys.argv)
-        config.run_dir = str(job.folder)
+        config.run_dir = escape_interpolation(str(job.folder))
         if self.cluster:
             known, others = ({f.name for f in dataclasses.fields(c)} for c in (self.cluster, Slurm))
             keys: Any = OmegaConf.to_container(config.launcher, resolve=True)
@@ -327,8 +333,7 @@ class Launcher(launcher.Launcher):
                     with interrupt.held():
                         self.start(waiting, running)
                     if getattr(jobs[0].options, "detach", False):
-                        collects = f"python -m neco task=report 'runs=[{self.folder}/*]'"
-                        say(f"{len(running)} jobs are queued; {collects} collects what they give")
+                        say(f"{len(running)} jobs are queued. To collect their results: {collect_command(self.folder)}")
                         return
                     self.wait(running)
         except interrupt.Interrupted as stop:
@@ -338,7 +343,7 @@ class Launcher(launcher.Launcher):
             with interrupt.handled():
                 while running:
                     self.wait(running)
-            stop.args = (f"{stop}. {again(sys.argv[1:], self.folder)}",)
+            stop.args = (f"{stop}. {resume_command(sys.argv[1:], self.folder)}",)
             raise
 
     def valid(self, job: Job) -> bool:

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def describe(
     write(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     write(output / "overrides.txt", "".join(f"{override}\n" for override in overrides))
     environment = {
-        "command": masked(" ".join(sys.argv)),
+        "command": masked(shlex.join(sys.argv)),
         "git": git_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,7 +98,9 @@ class Optuna(sweeper.Sweeper):
         number = status(place).get("objective_name", "")
         best = {"objective": number, "value": study.best_value, "overrides": overrides, "folder": str(place)}
         write(folder / "best.yaml", yaml.safe_dump(best, sort_keys=False))
-        say(f"best of {len(study.trials)} trials: {number} {best['value']:.4f} with {' '.join(overrides)}, in {place}")
+        say(
+            f"best of {len(study.trials)} trials: {number} {best['value']:.4f} with {shlex.join(overrides)}, in {place}"
+        )
         return float(study.best_value)
 
     def study(self, folder: Path, asked: dict[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 import html
 import itertools
 import json
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from neco.commands import format_command
 from neco.eval.pictures import as_colours, colours, overlay
 from neco.report import charts, similarity, tables
 from neco.report.collect import Plot, Point, Run, sweeps
@@ -250,7 +250,7 @@ def _drawn(run: Run, key: str | None, shrink: float) -> str:
 def _setup(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         place = run.environment
-        parts = [f"<pre>python -m neco {escape(masked(shlex.join(run.told)))}</pre>"]
+        parts = [f"<pre>{escape(masked(format_command(run.told, python='python')))}</pre>"]
         facts = [[key, masked(str(value))] for key, value in place.items() if not isinstance(value, dict)]
         facts += [[f"{name}, version", str(value)] for name, value in place.get("packages", {}).items()]
         parts.append(_folded("environment", _table(Table("environment", ["what", "value"], facts))))

@@ -1,7 +1,6 @@
 """task=finetune: train a backbone and a decoder for segmentation, end to end, and evaluate them by sliding windows."""
 
 import logging
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from neco.augment.joint import JointCrop
+from neco.commands import format_command, key_of, override, select
 from neco.config import Settings, call
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.dataset.inspect import inspect
@@ -157,7 +157,12 @@ def _finetune(settings: Settings, job: Job, run: Run) -> Objective | None:
     bad = BadImages(output, job.samples, job.limits, job.dataset)
     run.fit(module, scenes, job.shares, bad, evaluate, at_start=False)
     best = run.report()
-    same = [override for override in settings.overrides if override.startswith(("data_root=", "dataset."))]
-    wanted = ["task=eval", f"checkpoint={output}", f"dataset={name}", *same]
-    log.info("to evaluate its backbone alone:  python -m neco %s", shlex.join(wanted))
+    log.info("to evaluate its backbone alone:  %s", evaluation_command(settings, output))
     return best
+
+
+def evaluation_command(settings: Settings, output: Path) -> str:
+    """The command that evaluates the backbone of the result on the same data set."""
+    same = [o for o in select(settings.overrides, "data_root", "dataset") if key_of(o) != "dataset"]
+    dataset = override("dataset", settings.choices["dataset"])
+    return format_command(["task=eval", override("checkpoint", output), dataset, *same])

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from neco import devices, report, results, startup
+from neco.commands import format_override
 from neco.config import Settings
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
@@ -322,7 +323,9 @@ def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
         kept = ", ".join(str(other) for other in others if other != path) or "none"
         raise NecoError(f"{error}. To go on from another: {key}=FILE; kept are: {kept}") from error
     if before is None:
-        raise NecoError(f"{key}={path} is no checkpoint of a run; to start from its weights: checkpoint={path}")
+        raise NecoError(
+            f"{key}={path} is no checkpoint of a run; to start from its weights: {format_override('checkpoint', path)}"
+        )
     changed = differences(before["config"], saved["config"])
     if before["files"] != saved["files"]:
         changed.append("the list of training images")
@@ -331,12 +334,12 @@ def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
     if fixed := [change for change in changed if change.startswith(FIXED) and ": None ->" not in change]:  # None: older
         raise NecoError(
             f"{key}={resume}: {path} holds other parameters: {'; '.join(fixed)}. To start from its weights: "
-            f"checkpoint={path} and another run_dir"
+            f"{format_override('checkpoint', path)} and another run_dir"
         )
     if changed and resume == "auto":
         raise NecoError(
             f"run_dir={last.parent.parent} holds a run with another configuration: {'; '.join(changed)}. "
-            f"Choose another run_dir, or go on all the same with {key}={path}"
+            f"Choose another run_dir, or go on all the same with {format_override(key, path)}"
         )
     if changed:
         log.info("going on from %s with changes: %s", path, "; ".join(changed))

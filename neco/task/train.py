@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import logging
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from neco.augment.views import Views, show
+from neco.commands import format_command, key_of, override, select
 from neco.config import Settings, call, nearest
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
@@ -142,7 +142,7 @@ def _trained_sizes(views: Views) -> list[list[tuple[int, int]]]:
 
 def main(settings: Settings, job: Job, output: Path) -> Objective | None:
     """Train, or go on with the run found in `output`; returns `train.monitor` at its best or else the last number of
-    the first evaluation, of the network that `_advise` recommends."""
+    the first evaluation, of the network that `evaluation_command` evaluates."""
     val = None if job.val is job.dataset else job.val
     lists = {"train": job.dataset, "val_dataset_train": val}
     with locked(output, "train"), Run(settings, output, job.plan, job.device, job.samples, choices=lists) as run:
@@ -172,7 +172,8 @@ def _train(settings: Settings, job: Job, run: Run) -> Objective | None:
     views = data.MultiView(job.samples, job.views, settings.run.seed, plain=job.views.batched(job.device))
     step = run.fit(module, views, job.shares, BadImages(run.output, job.samples, job.limits), evaluate)
     best = run.report()
-    _advise(settings, job, run.output)
+    advice = "to evaluate it again" if job.val else "to evaluate on a labelled set"
+    log.info("%s:  %s", advice, evaluation_command(settings, job.val_name if job.val else None, run.output))
     if best is not None or not job.val:
         return best
     result = "teacher" if options.teacher == "ema" else "student"
@@ -230,14 +231,13 @@ def _views(sizes: list[tuple[int, int]]) -> str:
     return " + ".join(f"{sizes.count(size)} x {show(size)}" for size in dict.fromkeys(sizes))
 
 
-def _advise(settings: Settings, job: Job, output: Path) -> None:
-    """Say how to evaluate the result."""
-    if not job.val:
-        log.info("to evaluate on a labelled set:  python -m neco task=eval checkpoint=%s dataset=NAME", output)
-        return
-    node = "val_dataset." if settings.config.get("val_dataset") else "dataset."
-    same = ["dataset." + o.removeprefix(node) for o in settings.overrides if o.startswith(node)]
-    same += [o for o in settings.overrides if o.startswith(("eval=", "eval."))]
+def evaluation_command(settings: Settings, val_name: str | None, output: Path) -> str:
+    """The command that evaluates the result on the set that it was evaluated on, or on one to choose for None."""
+    if val_name is None:
+        return format_command(["task=eval", override("checkpoint", output), "dataset=NAME"])
+    node = "val_dataset" if settings.config.get("val_dataset") else "dataset"
+    same = [o.replace(node, "dataset", 1) for o in select(settings.overrides, node) if key_of(o) != node]
+    same += select(settings.overrides, "data_root", "eval")
     result = "teacher" if settings.spine["train"].teacher == "ema" else "student"
-    wanted = ["task=eval", f"weights={result}", f"checkpoint={output}", f"dataset={job.val_name}", *same]
-    log.info("to evaluate it again:  python -m neco %s", shlex.join(wanted))
+    wanted = ["task=eval", f"weights={result}", override("checkpoint", output), f"dataset={val_name}", *same]
+    return format_command(wanted)
