@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from neco import config, interrupt, startup
+from neco import config, files, interrupt, startup
 from neco.errors import NecoError
 
 USAGE = """neco: dense post-training of vision transformers, and what it does to their features
@@ -163,10 +163,13 @@ def explain(error: Exception, overrides: list[str]) -> str:
     from hydra import compose, initialize_config_dir
 
     text = str(error)
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, NecoError):  # of a resolver
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
     if isinstance(error, OSError) and error.errno:  # before the job starts, only the folder of the run is made
         return f"run_dir: cannot make the folder {error.filename}: {error.strerror}"
-    if "full_key: hydra.run.dir" in text or "full_key: hydra.sweep.dir" in text:
-        return "run_dir: the name of a folder is wanted"
     if option := re.search(r"Could not (?:find|load) '([\w@/]+)/([^'/]+)'", text):
         group, name = option.groups()
         return f"{group}={name}: no such option{config.nearest(name, config.options(group))} [looked in conf/{group}]"
@@ -258,8 +261,12 @@ def main() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started it
             setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115
-    with contextlib.suppress(RuntimeError):  # nobody's home
-        os.environ.setdefault("HOME", str(Path.home()))  # the configuration asks for it
+    files.normalize_environment()
+    try:
+        config.user_folders()
+    except NecoError as lacking:
+        print(f"error: {lacking}", file=sys.stderr)
+        raise SystemExit(2) from None
     if not arguments or {"--help", "-h"} & set(arguments):
         print(usage())
         return

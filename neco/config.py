@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from neco import files
 from neco.errors import NecoError
 from neco.schema import SPINE, Run
 
@@ -40,10 +41,39 @@ def groups() -> set[str]:
     return {path.name for path in folder().iterdir() if path.is_dir()} | {"machine"}
 
 
+def register_resolvers() -> None:
+    """Give Hydra what `${cache_home:}` and `${run_folder:...}` in conf/config.yaml stand for."""
+    from omegaconf import OmegaConf
+
+    def run_folder(run_dir: Any) -> str:
+        if run_dir is None:
+            raise NecoError("run_dir: the name of a folder is wanted")
+        found = call(files.expand_user, "run_dir", text=str(run_dir))
+        if "${" in str(Path(found).absolute()):  # Hydra takes it for a value to look up
+            raise NecoError(f"run_dir={found}: a name with '${{' in it cannot be the folder of a run; choose another")
+        return found
+
+    def cache_home() -> str:
+        return os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+
+    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+    OmegaConf.register_new_resolver("cache_home", cache_home, replace=True)
+
+
 def user_folders() -> list[Path]:
-    """Where users keep options of their own and `machine.yaml`: the working folder and the user's config folder."""
+    """Where users keep options of their own and `machine.yaml`: the working folder and the user's config folder.
+
+    Raises:
+        NecoError: there is no working folder.
+    """
+    try:
+        here = Path.cwd()
+    except OSError as error:
+        raise NecoError(
+            f"the working folder cannot be used ({error.strerror}), it may have been removed: cd to one that is there"
+        ) from error
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return [Path.cwd(), config / "neco"]
+    return [here, config / "neco"]
 
 
 def options(group: str) -> list[str]:
@@ -285,7 +315,7 @@ def plain(composed: Any) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
+        return _expand_users(OmegaConf.to_container(composed, resolve=True))
     except OmegaConfBaseException as error:  # which says not where
         said = str(error).partition("\n")[0]
         for key in flatten(OmegaConf.to_container(composed)):
@@ -297,12 +327,23 @@ def plain(composed: Any) -> dict[str, Any]:
         raise NecoError(f"{wrong}: {said}") from error
 
 
+def _expand_users(node: Any, where: str = "") -> Any:
+    """Replace `~` in every text that is a path below a home folder, whichever key it is of."""
+    if isinstance(node, dict):
+        return {key: _expand_users(value, f"{where}{key}.") for key, value in node.items()}
+    if isinstance(node, list):
+        return [_expand_users(value, where) for value in node]
+    is_path = isinstance(node, str) and (node == "~" or re.match(r"~[\w.-]*/", node))
+    return call(files.expand_user, where[:-1], text=node) if is_path else node
+
+
 def load(*overrides: str) -> Settings:
     """The validated settings of `python -m neco OVERRIDES`, for scripts, notebooks and tests."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
+    register_resolvers()
     around, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a run that this is called from
     try:
         with initialize_config_dir(str(folder()), version_base="1.3"):

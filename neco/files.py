@@ -198,6 +198,35 @@ def lock(file: IO[Any], *, wait: bool = False, shared_with_children: bool = Fals
     return True
 
 
+def expand_user(text: str) -> str:
+    """A path with `~` or `~NAME` at its beginning replaced by that home folder.
+
+    Raises:
+        NecoError: nobody is called so.
+    """
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        user = text[1:].partition("/")[0]
+        raise NecoError(f"{text}: there is no user '{user}'; for a folder of that name write ./{text}") from None
+
+
+def normalize_environment() -> None:
+    """Let an empty variable that names a folder count as one that is not set, and replace `~` in others.
+
+    XDG's standard says so; torch, Hugging Face and Hydra would write to `/neco`, or below the working folder.
+    """
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"):
+        if not (value := os.environ.get(name, "").strip()):
+            os.environ.pop(name, None)
+        elif value.startswith("~") and name != "HOME":
+            os.environ[name] = expand_user(value)
+    with contextlib.suppress(RuntimeError):  # nobody's home
+        os.environ.setdefault("HOME", str(Path.home()))
+
+
 def touch(path: Path) -> None:
     """Note that a file was used now, where that can be noted."""
     with contextlib.suppress(OSError):

@@ -30,13 +30,14 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from neco import files, interrupt
 from neco.cluster import CLUSTERS, Slurm, preempted
 from neco.commands import escape_interpolation, format_command, key_of, override
-from neco.config import check
+from neco.config import check, register_resolvers
 from neco.config import plain as resolved
 from neco.errors import NecoError
 from neco.results import Results, write
 from neco.sweep import STATUS, status
 from neco.values import READERS
 
+register_resolvers()  # also for a process that submitit started
 ASIDE = ("sweep", "launcher", "run_dir", "debug")  # keys that cannot change what comes out
 REQUEUE = 128 + signal.SIGUSR2
 failed: list[tuple[Path, Path, str]] = []  # the folders of the sweep and of the job, what became of it

@@ -56,21 +56,29 @@ def write(path: Path, text: str) -> None:
         raise files.refused(path, error) from error
 
 
-def git_revision() -> str | None:
-    """The checkout's revision, with `+changes` where files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
+GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+
+
+def git_state(here: Path = Path(__file__).parent) -> dict[str, str | None]:
+    """`git`: the checkout's revision, with `+changes` where files differ from it, or None and the `git_problem`."""
+    # Whose checkout it is does not matter: its code is being run. A hook that runs us names another repository.
+    trusted = ["git", "-c", "safe.directory=*", "--no-optional-locks", "-C", str(here)]
+    environment = {key: value for key, value in os.environ.items() if key not in GIT_PLACES}
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", here, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        done = subprocess.run([*trusted, *arguments], capture_output=True, text=True, check=True, env=environment)
+        return done.stdout.strip()
 
     try:
         if "neco/results.py" not in git("ls-files", "--full-name", "results.py"):
-            return None  # installed inside somebody else's checkout
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+            problem = "installed inside another checkout"
+        else:
+            return {"git": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")}
+    except subprocess.CalledProcessError as error:
+        problem = str(error.stderr).strip().partition("\n")[0] or str(error)
+    except OSError as error:
+        problem = f"git: {error.strerror}"
+    return {"git": None, "git_problem": problem}
 
 
 def versions() -> dict[str, str]:
@@ -92,7 +100,7 @@ def describe(
     write(output / "overrides.txt", "".join(f"{override}\n" for override in overrides))
     environment = {
         "command": masked(shlex.join(sys.argv)),
-        "git": git_revision(),
+        **git_state(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from neco.results import git_revision, versions, write
+from neco.results import git_state, versions, write
 
 HERE = Path(__file__).parent
 END_TO_END = "bench_data.py wait --images 4000 --batch 64 --steps 64 --workers 16 --override augment.global_size=518"
@@ -90,7 +90,7 @@ def main() -> None:
         lines = [
             f"# {title}",
             "",
-            f"{machine}. Revision {git_revision() or 'unknown'}; Python {platform.python_version()}, {about}.",
+            f"{machine}. Revision {git_state()['git'] or 'unknown'}; Python {platform.python_version()}, {about}.",
         ]
         for command in commands:
             print(f"\n$ python scripts/{command}", flush=True)

@@ -1,9 +1,11 @@
 """Composition and validation: what is wrong ends in one message and exit code 2, before any work."""
 
 import ast
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 import yaml
 from conftest import CONF, ROOT
 
-from neco import config
+from neco import config, files
 from neco.errors import NecoError
 from neco.values import Positive
 
@@ -134,6 +136,9 @@ WRONG = [
     (["model=null"], ["model=null", "an option of the group"]),
     (["dataset=folder"], ["dataset.root: needs a value"]),
     (["run_dir=/proc/x"], ["run_dir", "/proc/x"]),
+    (["run_dir='~nobody-9/x'"], ["run_dir: ~nobody-9/x: there is no user 'nobody-9'"]),
+    (["data_root='~nobody-9/x'"], ["data_root: ~nobody-9/x: there is no user 'nobody-9'"]),
+    (["run_dir='a\\${b}'"], ["run_dir=a${b}", "choose another"]),
     (["run_dir=null"], ["run_dir", "name of a folder"]),
     (["run_dir="], ["run_dir=''", "at least 1"]),
     (["train.betas=1"], ["train.betas", "did you mean 'optim.betas'"]),
@@ -157,6 +162,55 @@ def test_wrong_input_is_one_message(inside, tmp_path, arguments, words):
     message = said.partition("error: ")[2]
     assert all(word in message for word in words), said
     assert not list(tmp_path.glob("runs/*/*")), "nothing is left behind"
+
+
+def test_every_path_may_begin_with_the_home_folder(inside, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    typed = (
+        "dataset.root='~/images'", "data_root='~/data'", "cache_dir='~/cache'", "checkpoint='~/runs/x'",
+        "compare='~'", "eval=unsupervised", "eval.unsupervised.masks='~/masks'", "model.weights='~/x.pth'",
+        "run_dir='~/run'",
+    )  # fmt: skip
+    loaded = config.load("task=eval", "dataset=folder", *typed)
+    values = str(loaded.run) + str(loaded.config["dataset"]["root"]) + str(loaded.config["eval"])
+    values += str(loaded.config["model"]["weights"])
+    assert "~" not in values and values.count(f"{tmp_path}/home") == 8
+    assert loaded.config["extract"]["cache_dir"] == f"{tmp_path}/home/cache/features"
+    assert config.load("task=report", "runs=['~/a/*',b]").run.runs == [f"{tmp_path}/home/a/*", "b"]
+    same = ("task=check", "dataset.train=2", "dataset.val=2", "show=1")
+    assert inside(*same, "run_dir='~/one'")[0] == 0 and inside("-m", *same, "run_dir='~/two'")[0] == 0
+    assert (tmp_path / "home/one/check.html").is_file() and (tmp_path / "home/two/check.html").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("name", ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME", "HOME"))
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch, name):
+    for each in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv(name, "")
+    assert config.load().run.cache_dir != "/neco" and config.load().run.cache_dir.endswith("/.cache/neco")
+    files.normalize_environment()
+    assert os.environ.get(name, "set") != "" and Path(torch.hub.get_dir()).is_absolute()
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/somewhere")
+    files.normalize_environment()
+    assert config.load().run.cache_dir == str(Path("~/somewhere/neco").expanduser())
+
+
+def test_a_working_folder_that_is_gone_is_named(inside, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+
+    def gone(_: object) -> None:
+        os.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+
+    monkeypatch.setattr(monkeypatch, "chdir", gone)
+    before = Path.cwd()
+    try:
+        code, said = inside("task=check")
+    finally:
+        os.chdir(before)
+    assert code == 2 and said.startswith("error: the working folder cannot be used") and said.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(inside):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -126,10 +127,28 @@ def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "first" and [*tmp_path.iterdir()] == [path]
 
 
-def test_git_revision_is_the_checkouts_own():
-    root = Path(__file__).parents[1]
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    if head.returncode:
-        pytest.skip("runs in a git checkout")
-    revision = results.git_revision()
-    assert revision is None or revision.removesuffix("+changes") == head.stdout.strip()
+def checkout(folder: Path) -> str:
+    """A checkout that has a file of our package; returns its revision."""
+    (folder / "neco").mkdir(parents=True)
+    (folder / "neco/results.py").touch()
+    as_us = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*as_us, *command], check=True)
+    return subprocess.run([*as_us, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_git_revision_of_anybodys_checkout_or_why_there_is_none(tmp_path, monkeypatch):
+    revision = checkout(tmp_path / "ours")
+    assert results.git_state(tmp_path / "ours/neco") == {"git": revision}
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # a clone of another user
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as git sets it for its hooks
+    assert results.git_state(tmp_path / "ours/neco") == {"git": revision}
+    (tmp_path / "ours/neco/results.py").write_text("changed")
+    assert results.git_state(tmp_path / "ours/neco") == {"git": f"{revision}+changes"}
+    (tmp_path / "other/neco").mkdir(parents=True)
+    none = results.git_state(tmp_path / "other/neco")
+    assert none["git"] is None and "not a git repository" in str(none["git_problem"])
+    subprocess.run(["git", "init", "-q", tmp_path / "other"], check=True, env={"PATH": os.environ["PATH"]})
+    assert results.git_state(tmp_path / "other/neco")["git_problem"] == "installed inside another checkout"
+    monkeypatch.setenv("PATH", "")
+    assert results.git_state(tmp_path / "ours/neco") == {"git": None, "git_problem": "git: No such file or directory"}
