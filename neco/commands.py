@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_./][\w./-]*", re.ASCII | re.IGNORECASE)
@@ -27,10 +28,10 @@ def format_command(overrides: Iterable[str], python: str | None = None) -> str:
     """`python -m neco OVERRIDES` to paste into a shell; the one place that prints such a command.
 
     Args:
-        python: None is the interpreter as the user typed it.
+        python: None is the name of the interpreter that the user typed, without its folder.
     """
     if python is None:
-        python = sys.orig_argv[0] if sys.orig_argv[1:3] == ["-m", "neco"] else "python"
+        python = Path(sys.orig_argv[0]).name if sys.orig_argv[1:3] == ["-m", "neco"] else "python"
     return " ".join([shell_word(python), "-m neco", *map(shell_word, overrides)])
 
 
