@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from neco import config, files, interrupt, startup
+from neco import config, files, interrupt, processes, startup
 from neco.errors import NecoError
 
 USAGE = """neco: dense post-training of vision transformers, and what it does to their features
@@ -44,6 +44,7 @@ def usage() -> str:
 
 
 HYDRA = ("hydra/launcher", "hydra/sweeper")
+SHARED = ("train", "finetune", "eval")  # tasks that several processes can share
 MODES = {"-m", "--multirun", "-c", "--cfg", "--info"}
 # What a disk does to a run
 DISK = {
@@ -110,11 +111,15 @@ def run(cfg: Any) -> Any:
     overrides = told(hydra)
     output = Path(hydra.runtime.output_dir)
     try:
-        torchrun = "TORCHELASTIC_RUN_ID" in os.environ and "SUBMITIT_EXECUTOR" not in os.environ
-        if torchrun and not any(o.startswith("run_dir=") for o in overrides):
-            raise NecoError("run_dir: the processes of torchrun must share one folder; name it with run_dir=runs/NAME")
+        if processes.launched_elsewhere() and not any(o.startswith("run_dir=") for o in overrides):
+            launcher = processes.here.started_by
+            raise NecoError(
+                f"run_dir: the processes of {launcher} must share one folder; name it with run_dir=runs/NAME"
+            )
         with traced(hydra):
             chosen = settings(cfg, hydra)
+            if processes.number("WORLD_SIZE", 1) > 1 and chosen.run.task not in SHARED:
+                raise NecoError(f"task={chosen.run.task} runs in one process, but {processes.describe()}: start one")
             task = importlib.import_module(f"neco.task.{chosen.run.task}")
             startup.mark("imports")
             progress.every = chosen.run.log_seconds
@@ -213,7 +218,7 @@ def stoppable() -> Iterator[None]:
         with interrupt.handled():
             yield
     except (KeyboardInterrupt, interrupt.Interrupted) as stop:
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        if os.environ.get("RANK", "0") == "0":
             print(str(stop) or "interrupted (SIGINT)", file=sys.stderr)
         raise SystemExit(getattr(stop, "code", 130)) from None
 
@@ -285,6 +290,9 @@ def main() -> None:
     sweep.unwritten.clear()
     debug = "debug=true" in arguments or bool(os.environ.get("NECO_DEBUG"))
     try:
+        processes.adopt()
+        if processes.here.started_by == "neco" and processes.here.rank:
+            interrupt.with_parent()
         version = {} if hydra.__version__ >= "1.4" else {"version_base": "1.3"}
         hydra.main(config_path=str(config.folder()), config_name="config", **version)(job)()
         if failed := launch.failed:
@@ -295,7 +303,7 @@ def main() -> None:
         for error in (*sweep.unwritten, *([failure] if failure else [])):
             raise error
     except Exception as error:
-        process = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+        process = os.environ.get("RANK") or "0"
         who = f"error (process {process})" if process != "0" else "error"
         if debug:
             traceback.print_exc()

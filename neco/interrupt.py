@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from neco import processes
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 GRACE = 30  # seconds that a data worker goes on after a SIGTERM, which may be meant for its parent
@@ -47,7 +49,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         return
     if not _waits or meant:
         raise Interrupted(number)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if not processes.number("LOCAL_RANK"):
         with contextlib.suppress(OSError):  # a terminal that is gone; a bar takes a line back
             os.write(2, b"\nstopping when this step is done and saved; once more: at once\n\n")
 

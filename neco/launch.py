@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from submitit.core.utils import UncompletedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from neco import files, interrupt
+from neco import files, interrupt, processes
 from neco.cluster import CLUSTERS, Slurm, preempted
 from neco.commands import escape_interpolation, format_command, key_of, override
 from neco.config import check, register_resolvers
@@ -229,7 +229,7 @@ def recorded(folder: Path, said: dict[str, Any]) -> bool:
 
 def leads() -> bool:
     """Whether this is the first of the processes; asked before torch is there."""
-    return os.environ.get("RANK", "0") == "0"
+    return not processes.number("RANK")
 
 
 def say(text: str) -> None:
@@ -311,7 +311,7 @@ class Launcher(launcher.Launcher):
     def run(self, jobs: list[Job]) -> None:
         """One after the other in this process. Raises NecoError where one would start others."""
         most = max((job.nodes * job.devices for job in jobs), default=1)
-        if most > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if most > 1 and not processes.are_started():
             raise NecoError(
                 f"{most} devices for a job of a sweep: each would start the sweep again. Add hydra/launcher=local "
                 "or hydra/launcher=slurm, or start the sweep with torchrun and run_dir=runs/NAME"
@@ -326,6 +326,8 @@ class Launcher(launcher.Launcher):
 
     def submit(self, jobs: list[Job]) -> None:
         """Start those that can run, and wait for them unless they are detached."""
+        if processes.launched_elsewhere():
+            raise NecoError(f"{processes.describe()}, each of which would start these jobs: start one")
         running = {job: job.said["id"] for job in jobs if job.said and not job.options.ended(job.said["id"], None)}
         waiting = [job for job in jobs if job not in running and self.valid(job)]
         try:

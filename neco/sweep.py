@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
+from neco import processes
 from neco.errors import NecoError
 from neco.results import Results, columns, markdown, spread, write
 
@@ -25,7 +25,7 @@ class Summary(Callback):
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        if os.environ.get("RANK", "0") != "0":  # of torchrun
+        if processes.number("RANK"):
             return
         if [*folder.glob(f"*/{STATUS}")] and not config.get("launcher", {}).get("detach"):
             print(f"\n{summary(folder)}\n")

@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch
 
-from neco import devices, files
+from neco import devices, files, processes
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset
 from neco.dataset.inspect import inspect
@@ -32,24 +32,36 @@ def choose_device(name: str) -> torch.device:
         raise NecoError("device=cuda: no GPU is available here; use device=auto or device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if (local := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
+    if (local := processes.number("LOCAL_RANK")) < torch.cuda.device_count():
         torch.cuda.set_device(local)  # else whatever is tried before the processes meet takes memory of the first GPU
     return torch.device("cuda")
 
 
 def check_devices(options: Trainings, device: torch.device) -> None:
-    """Raises NecoError when there are fewer GPUs than asked for, or torchrun started another number of processes."""
+    """Raises NecoError for fewer GPUs than asked for, or other processes than the configuration wants."""
+    node = options.node
+    wanted = f"{node}.devices={options.devices} x {node}.nodes={options.nodes}"
+    if not processes.are_started():
+        if options.nodes > 1:
+            raise NecoError(f"{node}.nodes={options.nodes}: start one process a device with torchrun or SLURM's srun")
+    elif processes.number("WORLD_SIZE") != options.processes:
+        one = (
+            ""
+            if processes.here.started_by != "srun"
+            else f", or start one task (--ntasks=1), which starts {node}.devices"
+        )
+        raise NecoError(f"{processes.describe()}, {wanted} asks for {options.processes}: make them equal{one}")
+    elif (local := processes.number("LOCAL_WORLD_SIZE", options.devices)) != options.devices:
+        raise NecoError(
+            f"{processes.describe()}, {local} of them on this node, {wanted} asks for {options.devices} on each"
+        )
     if device.type == "cuda" and options.devices > (there := torch.cuda.device_count()):
-        raise NecoError(f"{options.node}.devices={options.devices}: this machine has {there} GPUs")
-    if options.nodes > 1 and not {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & os.environ.keys():
-        raise NecoError(
-            f"{options.node}.nodes={options.nodes}: start one process a device with torchrun or SLURM's srun"
+        hidden = (
+            "; --gpus-per-task and --gpu-bind hide GPUs, --gpus-per-node does not"
+            if "SLURM_JOB_ID" in os.environ
+            else ""
         )
-    if "TORCHELASTIC_RUN_ID" in os.environ and devices.launched() != options.processes:
-        raise NecoError(
-            f"torchrun started {devices.launched()} processes, {options.node}.devices={options.devices} x "
-            f"{options.node}.nodes={options.nodes} asks for {options.processes}: make them equal"
-        )
+        raise NecoError(f"{node}.devices={options.devices}: there are {there} GPUs here{hidden}")
 
 
 def device_name(device: torch.device) -> str:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils import data
 
-from neco import devices, files, interrupt, results
+from neco import files, interrupt, results
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset, Sample, read_image, stored_size
 from neco.dataset.digests import DigestStore, Ref, joined, noting, states_of
@@ -57,8 +57,6 @@ class Job:
 def prepare(settings: Settings) -> Job:
     """List the images, try a few, see whether the disk holds their features. Raises NecoError where one fails."""
     options: Embed = settings.spine["embed"]
-    if devices.launched() > 1:
-        raise NecoError("task=embed runs in one process; to share the work give each its own images (dataset.files)")
     device = choose_device(settings.run.device)
     source, which = source_of_weights(settings)
     model = model_of(settings, source)

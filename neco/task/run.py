@@ -199,7 +199,7 @@ class Run:
                 peers,
             ],
             logger=False,
-            plugins=[self.checkpoints],
+            plugins=[self.checkpoints, strategies.environment(options)],
             default_root_dir=self.output,
             use_distributed_sampler=False,
             enable_checkpointing=False,

@@ -42,9 +42,6 @@ class Peers(pl.Callback):
             self.over = True
 
     def _explain(self, error: BaseException | None) -> None:
-        if isinstance(error, dist.DistNetworkError) and "EADDRINUSE" in str(error):
-            port = os.environ.get("MASTER_PORT")
-            raise NecoError(f"MASTER_PORT={port}: another program has this port; choose another or unset it") from error
         if not self.thread.is_alive() or not isinstance(error, RuntimeError) or isinstance(error, NecoError):
             return
         until = time.monotonic() + SILENT + 2 * BEAT

@@ -1,6 +1,7 @@
 """How several devices work on one batch: whole copies of the networks (DDP) or shards of them (FSDP)."""
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -8,13 +9,44 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pytorch_lightning.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from neco import devices, processes
 from neco.errors import NecoError
 from neco.schema import Trainings
+
+
+class Meeting(Strategy):
+    """Of a strategy of several processes: they meet before Lightning would have them wait, deaf to signals."""
+
+    _timeout: timedelta | None
+
+    def setup_environment(self) -> None:
+        assert self._timeout is not None
+        minutes = self._timeout.total_seconds() / 60
+        devices.join(self.root_device, self._timeout, minutes, getattr(self.launcher, "procs", ()))
+        super().setup_environment()
+
+
+class Copies(Meeting, DDPStrategy):
+    """DDP."""
+
+
+class Shards(Meeting, ModelParallelStrategy):
+    """FSDP."""
+
+
+def environment(options: Trainings) -> ClusterEnvironment:
+    """Who starts the processes, for Lightning, which would guess from SLURM's variables."""
+    if processes.are_started():
+        return TorchElasticEnvironment()
+    if options.processes > 1:
+        os.environ[processes.PARENT] = str(os.getpid())
+    return LightningEnvironment()
 
 
 def strategy(options: Trainings, device: torch.device) -> Strategy | str:
@@ -24,16 +56,14 @@ def strategy(options: Trainings, device: torch.device) -> Strategy | str:
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(minutes=options.wait_minutes + 1)  # `Peers`, which knows for whom, is first
     if options.strategy == "fsdp":  # one file with whole tensors: it resumes with any number of devices
-        return ModelParallelStrategy(
+        return Shards(
             data_parallel_size=options.processes,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=backend,
             timeout=limit,
         )
-    return DDPStrategy(
-        process_group_backend=backend, timeout=limit, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return Copies(process_group_backend=backend, timeout=limit, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def shard(network: Any, mesh: Any) -> None:
