@@ -7,9 +7,11 @@ gone; that one not under `nohup`.
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -17,6 +19,7 @@ from neco import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
+UNHEARD = 20.0  # seconds that a library may keep the main thread, which alone hears signals
 GRACE = 30  # seconds that a data worker goes on after a SIGTERM, which may be meant for its parent
 
 
@@ -40,10 +43,13 @@ def find(error: BaseException | None) -> Interrupted | None:
 asked: int | None = None  # the signal that a block of `put_off` was sent
 meant = False  # it was sent twice: at once, whatever is lost
 _waits = _held = False
+_heard = 0.0  # when a signal last reached the main thread
+_bell: int | None = None  # what a signal writes to at once, whatever the main thread does
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    global asked, meant
+    global asked, meant, _heard
+    _heard = time.monotonic()
     meant, asked = asked is not None, number  # also when it is raised: that may be lost in a callback of the system
     if _held:
         return
@@ -62,19 +68,68 @@ def listen() -> None:
                 signal.signal(number, _handle)
 
 
+def _insist(rings: int) -> None:
+    """End the process when a signal does not reach the main thread, because that waits in a library.
+
+    A first signal that is put off may find the main thread in a long step, but hardly so where there are other
+    processes, for which it may wait. SLURM ends its jobs by itself, and queues again those that end in time.
+    """
+    first, count, number = 0.0, 0, 0
+    while True:
+        ready = select.select([rings], [], [], 0.5 if count else None)[0]
+        now = time.monotonic()
+        for byte in os.read(rings, 64) if ready else b"":
+            if byte in SIGNALS and byte != signal.SIGUSR2:
+                first, count, number = first if count else now, count + 1, byte
+        if count and _heard > first - 1:  # it may have been before this thread saw the signal
+            count = 0
+            continue
+        several = processes.number("WORLD_SIZE", 1) > 1
+        patience = UNHEARD if count > _waits else 3 * UNHEARD if several else float("inf")
+        if count and now - first > patience and not _held and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+            name = signal.Signals(number).name
+            with contextlib.suppress(OSError):
+                os.write(2, f"\nstopped ({name}) while waiting in a library; the same command goes on\n".encode())
+            os._exit(128 + number)
+
+
+def _ring() -> int:
+    """Have signals ring the bell; returns what they rang before."""
+    global _bell
+    if _bell is None:
+        rings, _bell = os.pipe()
+        os.set_blocking(_bell, False)
+        threading.Thread(target=_insist, args=(rings,), name="signals", daemon=True).start()
+    return signal.set_wakeup_fd(_bell, warn_on_full_buffer=False)
+
+
+def _leave_bell() -> None:
+    """In a process that was forked, the bell is the parent's."""
+    global _bell
+    if _bell is not None:
+        _bell = None
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_leave_bell)
+
+
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """In this block the signals raise Interrupted."""
+    """In this block the signals raise Interrupted, or end the process if a library keeps it from hearing them."""
     global asked, meant, _waits, _held
     before, asked, meant = [signal.getsignal(number) for number in SIGNALS], None, False
     _waits = _held = False
     listen()
+    main = threading.current_thread() is threading.main_thread()
+    rang = _ring() if main else -1
     try:
         with uncovered():
             yield
     finally:
         asked, _waits, _held = None, False, False
-        if threading.current_thread() is threading.main_thread():
+        if main:
+            signal.set_wakeup_fd(rang, warn_on_full_buffer=False)
             for number, handler in zip(SIGNALS, before, strict=True):
                 signal.signal(number, handler)
 

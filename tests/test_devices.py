@@ -210,7 +210,7 @@ def test_batch_must_split_evenly(neco):
 
 
 @pytest.mark.parametrize(
-    ("workers", "device", "processes", "environment", "readers"),
+    ("workers", "device", "sharing", "environment", "readers"),
     [
         (0, "cuda", 1, {}, 0),
         (30, "cpu", 1, {}, 30),
@@ -220,13 +220,15 @@ def test_batch_must_split_evenly(neco):
         ("auto", "cuda", 4, {}, 3),
         ("auto", "cuda", None, {"LOCAL_WORLD_SIZE": "2"}, 7),
         ("auto", "cuda", 16, {}, 1),
-        ("auto", "cuda", 4, {"SLURM_CPUS_PER_TASK": "6"}, 5),
+        ("auto", "cuda", 2, {"SLURM_CPUS_PER_TASK": "6"}, 2),  # this program starts two processes in a task
+        ("auto", "cuda", 4, {"SLURM_CPUS_PER_TASK": "6", "SUBMITIT_EXECUTOR": "slurm"}, 5),  # each is a task
+        ("auto", "cuda", 1, {"SLURM_CPUS_PER_TASK": ""}, 8),
     ],
 )
-def test_readers_share_the_cores(workers, device, processes, environment, readers, monkeypatch) -> None:
+def test_readers_share_the_cores(workers, device, sharing, environment, readers, monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(16))
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK"):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK", "SUBMITIT_EXECUTOR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert devices.readers(workers, device, processes) == readers
+    assert devices.readers(workers, device, sharing) == readers

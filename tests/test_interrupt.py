@@ -1,6 +1,7 @@
 """Signals: put off, lost, and in data workers."""
 
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -134,6 +135,36 @@ def test_a_process_ends_with_its_parent_even_when_that_is_killed():
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
     assert os.read(ends[0], 20) == b"", "its end of the pipe is closed"
+
+
+@pytest.mark.parametrize("put_off", [0, 1])
+def test_a_library_that_keeps_the_main_thread_is_left(monkeypatch, put_off):
+    monkeypatch.setattr(interrupt, "UNHEARD", 0.5)
+    child = os.fork()
+    if not child:
+        with interrupt.handled():
+            interrupt.put_off(bool(put_off))
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # of minutes, in which no handler runs
+        os._exit(1)
+    time.sleep(1)
+    for _ in range(put_off):
+        os.kill(child, signal.SIGTERM)
+        time.sleep(2)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "a step may take long"
+    begun = time.monotonic()
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143 and time.monotonic() - begun < 10
+
+
+def test_a_signal_that_is_heard_late_ends_nothing(monkeypatch):
+    monkeypatch.setattr(interrupt, "UNHEARD", 0.2)
+    with pytest.raises(interrupt.Interrupted), interrupt.handled():
+        send()
+    with interrupt.handled():
+        interrupt.put_off()
+        send()
+        time.sleep(1.5)
+        assert interrupt.asked == signal.SIGTERM
 
 
 def test_a_signal_before_the_job_is_told(inside, monkeypatch):
