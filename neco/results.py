@@ -230,6 +230,7 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in (r for r in records if r["step"] == last):
         source = record.get("checkpoint") or (record.get("model") and f"model={record['model']}") or ""
         below.append(f"weights   {record['network']}: {record['weights']}{', ' * bool(source)}{source}")
+    below += [f"warning   {text}" for r in records if r["step"] == last for text in r.get("warnings", [])]
     return "\n".join([columns([[row[i] for i in shown] for row in (head, *cells)]), *dict.fromkeys(below)])
 
 

@@ -138,8 +138,8 @@ def test_the_content_of_an_archive_is_found_as_if_it_was_unpacked_there(tmp_path
         zipped(f"part{part}.zip", {f"train/{part}.jpg": part.encode()})
     tree = Tree(tmp_path, ".index")
     assert content(tree, "VOCdevkit/VOC2012/JPEGImages") == {"1.jpg": b"voc"}
-    assert tree.text("VOCdevkit/list.txt") == "1" and tree.text("VOCdevkit/none.txt") is None
-    assert (tree.text("annotations/a.json"), tree.text("annotations/b.json")) == ("a", "b")
+    assert tree.text("VOCdevkit/list.txt") == ["1"] and tree.text("VOCdevkit/none.txt") is None
+    assert (tree.text("annotations/a.json"), tree.text("annotations/b.json")) == (["a"], ["b"])
     assert content(tree, "annotations/panoptic_val2017") == {"1.png": b"map"}
     assert content(tree, "train") == {"1.jpg": b"1", "2.jpg": b"2"}, "one folder in two archives"
     (tmp_path / "train").mkdir()

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 from neco.augment.views import Views, view_rng
-from neco.dataset.base import Dataset, Sample, pair_samples, read_image, read_label, stored_size
-from neco.dataset.files import Tree
+from neco.dataset.base import Dataset, Sample, pair_samples, read_image, read_label
+from neco.dataset.decode import read_pixels, stored_size
+from neco.dataset.files import SUFFIXES, Tree
 from neco.errors import NecoError
 
 
@@ -66,7 +67,10 @@ def test_palette_and_cmyk(tmp_path):
     assert abs(read_image(path).astype(int) - [255, 0, 0]).max() < 12
 
 
-LOSSLESS = {".png": {}, ".webp": {"lossless": True}, ".bmp": {}, ".tif": {}, ".TIFF": {"compression": "tiff_lzw"}}
+LOSSLESS = {
+    ".png": {}, ".webp": {"lossless": True}, ".bmp": {}, ".tif": {}, ".TIFF": {"compression": "tiff_lzw"}, ".ppm": {},
+    ".jp2": {},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", LOSSLESS)
@@ -75,6 +79,15 @@ def test_every_format_is_listed_and_read(tmp_path, suffix):
     ((key, path),) = Tree(tmp_path).images().items()
     assert key == f"x{suffix}"
     np.testing.assert_array_equal(read_image(path), RGB)
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPG", ".avif"])
+def test_lossy_formats_are_listed_and_read_under_all_their_names(tmp_path, suffix):
+    if suffix == ".avif" and suffix not in SUFFIXES:
+        pytest.skip("this version of PIL reads no AVIF")
+    save(tmp_path / f"x{suffix}", Image.new("RGB", (16, 16), (200, 50, 50)))
+    ((key, path),) = Tree(tmp_path).images().items()
+    assert key == f"x{suffix}" and abs(read_image(path).astype(int) - [200, 50, 50]).max() < 12
 
 
 def test_16_bit_colour_and_grey(tmp_path):
@@ -162,8 +175,58 @@ def test_a_bomb_is_refused_by_its_header_and_the_largest_photographs_are_not(tmp
 
 def test_pixels_without_a_range_are_refused(tmp_path):
     path = save(tmp_path / "x.tif", Image.fromarray(GREY.astype(np.float32)))
-    with pytest.raises(NecoError, match=r"x.tif.*floating-point"):
+    with pytest.raises(NecoError, match=r"x.tif.*floating-point.*dataset.range"):
         read_image(path)
+    path = save(tmp_path / "y.tif", Image.fromarray(GREY.astype(np.int32) * 300))
+    with pytest.raises(NecoError, match=r"y.tif.*32-bit.*dataset.range"):
+        read_image(path)
+
+
+STORED = np.array([[-1000, 0, 1000], [2000, 3000, 4095]])
+SCALED = np.array([[0, 0, 0], [85, 170, 255]], np.uint8)  # of 1000 to 4000
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int16, np.int32, np.float32, "colours", "pgm", "8 bits"])
+def test_a_range_makes_black_and_white_of_stored_values(tmp_path, kind):
+    values, path = STORED.clip(0 if kind not in (np.int16, np.int32, np.float32) else None), tmp_path / "x.tif"
+    low, high, wanted = 1000, 4000, SCALED
+    if kind == "colours":
+        path = path.with_suffix(".png")
+        cv2.imwrite(str(path), np.dstack([values.astype(np.uint16)] * 3))
+    elif kind == "pgm":
+        path = path.with_suffix(".pgm")
+        path.write_bytes(b"P5 3 2 4095\n" + values.astype(">u2").tobytes())
+    elif kind == "8 bits":
+        low, high, wanted = 0, 51, np.array([[0, 0, 5], [10, 255, 255]], np.uint8)
+        save(path, Image.fromarray(np.array([[0, 0, 1], [2, 51, 90]], np.uint8)))
+    else:
+        cv2.imwrite(str(path), values.astype(kind))
+    for found in (read_pixels(str(path), (low, high)), read_image(Sample("x", str(path), range=(low, high)))):
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, np.stack([wanted] * 3, 2))
+    auto = read_pixels(str(path), "auto")[..., 0]
+    assert auto.min() == 0 and auto.max() == 255
+    assert read_pixels(save(tmp_path / "flat.png", Image.fromarray(WIDE * 0 + 7)), "auto").max() == 0
+
+
+def test_what_is_no_number_is_black(tmp_path):
+    path = save(tmp_path / "x.tif", Image.fromarray(np.float32([[np.nan, -np.inf, 0, 1, np.inf]])))
+    for between in ((0, 1), "auto"):
+        np.testing.assert_array_equal(read_pixels(path, between)[0, :, 0], [0, 0, 0, 255, 255])
+
+
+def test_12_bits_packed_are_12_bits(tmp_path):
+    rows = np.array([[0x12, 0x3F, 0xF0]], np.uint8)  # 0x123, 0xff0
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHI", b"II", 42, 12)
+    (tmp_path / "x.tif").write_bytes(head + rows.tobytes() + b"\0" + struct.pack("<H", len(tags)) + entries + bytes(4))
+    np.testing.assert_array_equal(read_image(str(tmp_path / "x.tif"))[0, :, 0], [0x12, 0xFF])
+
+
+def test_a_range_that_is_none_is_refused():
+    with pytest.raises(NecoError, match=r"range=\[5, 5\]"):
+        Two(range=(5, 5))
 
 
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -234,6 +297,18 @@ def test_images_and_masks_are_paired_by_name_or_refused(tmp_path):
         ("2", "/i/2.png", "/m/2.png"),
         ("b/1", "/i/b/1.jpg", "/m/b/1.png"),
     ]
+    for name in ("i/mu\u0308de.jpg", "m/m\u00fcde.png"):  # macOS writes accents as letters of their own
+        (tmp_path / name).touch()
+    samples = pair_samples(*(Tree(tmp_path / part).images() for part in ("i", "m")))
+    assert (samples[2].key, Path(samples[2].mask).name) == ("mu\u0308de", "m\u00fcde.png")
+    (tmp_path / "i/m\u00fcde.jpg").touch()
+    with pytest.raises(NecoError, match=r"1 of 4 images have no mask, the first .*mu\u0308de.jpg"):
+        pair_samples(*(Tree(tmp_path / part).images() for part in ("i", "m")))
+    (tmp_path / "m/mu\u0308de.png").touch()
+    samples = pair_samples(*(Tree(tmp_path / part).images() for part in ("i", "m")))
+    assert all(Path(sample.image).stem == Path(sample.mask).stem for sample in samples), "each has its own"
+    for name in ("i/mu\u0308de.jpg", "m/m\u00fcde.png", "i/m\u00fcde.jpg", "m/mu\u0308de.png"):
+        (tmp_path / name).unlink()
     (tmp_path / "i/3.jpg").touch()
     with pytest.raises(NecoError, match=r"1 of 3 images have no mask, the first .*3.jpg; .*m/2.png"):
         pair_samples(*(Tree(tmp_path / part).images() for part in ("i", "m")))

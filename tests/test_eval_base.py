@@ -224,20 +224,26 @@ def test_a_mask_of_another_size_is_an_error(tmp_path: Path) -> None:
         run(Extract(workers=0), Noise(8), dataset)
 
 
-def test_an_image_that_exif_turns_away_from_its_mask_is_an_error(tmp_path: Path) -> None:
-    dataset = Files(tmp_path, 4, val=[noisy(np.random.default_rng(0), 45, 60, 4)])
+def test_an_image_that_exif_turns_takes_its_mask_along(tmp_path: Path) -> None:
+    image, mask = noisy(np.random.default_rng(0), 48, 64, 4)
+    dataset = Files(tmp_path, 4, val=[(image, mask)])
     (sample,) = dataset.samples("val")
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 3
-    Image.open(sample.image).save(sample.image, exif=exif)
-    run(Extract(workers=0), Pixels(), dataset)  # upside down, of the same size: cannot be told
-    exif[ExifTags.Base.Orientation] = 6
-    Image.open(sample.image).save(sample.image, exif=exif)
-    wanted = rf"{sample.image} is \(45, 60\) .* {sample.mask} is \(60, 45\); only the image was turned, by its EXIF"
-    with pytest.raises(NecoError, match=wanted):
-        run(Extract(workers=2), Pixels(), dataset)
-    with pytest.raises(NecoError, match=wanted):
+    for orientation, turned in ((3, mask[::-1, ::-1]), (6, np.rot90(mask, -1))):
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.open(sample.image).save(sample.image, exif=exif)
+        for workers in (0, 2):
+            (read,) = [part[2] for part in Extract(workers=workers).stream(Pixels(), dataset, [sample], turned.shape)]
+            np.testing.assert_array_equal(read[0], turned)
         Extract(workers=0)(Pixels(), dataset, [sample], 32)
+    Image.fromarray(mask[:-1].astype(np.uint8)).save(sample.mask)
+    wanted = rf"{sample.image} is \(48, 64\) .* {sample.mask} is \(64, 47\)"
+    for read in (
+        lambda: run(Extract(workers=2), Pixels(), dataset),
+        lambda: Extract(workers=0)(Pixels(), dataset, [sample], 32),
+    ):
+        with pytest.raises(NecoError, match=wanted):
+            read()
 
 
 def test_unusable_features_are_named(dataset: Files) -> None:

@@ -101,7 +101,7 @@ def test_a_look_takes_few_images_and_little_time(photos, monkeypatch):
         bad.look(samples, {"": (1, 100_000)})  # as if drawn from so many
     read: list[str] = []
     real = bad.reason
-    monkeypatch.setattr(bad, "reason", lambda sample, _: (read.append(sample.key), real(sample))[1])
+    monkeypatch.setattr(bad, "reason", lambda sample, *_: (read.append(sample.key), real(sample))[1])
     bad.look(samples, {"": (100, 100)})
     assert len(read) == len(set(read)) == bad.LOOKS and {"000.png", "099.png"} <= set(read)
     monkeypatch.setattr(bad, "SECONDS", 0.0)

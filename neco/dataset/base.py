@@ -5,41 +5,42 @@ files lie is the business of `neco.dataset.files`.
 """
 
 import contextlib
-import io
 import logging
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Gt, Le
-from PIL import ExifTags, Image, UnidentifiedImageError
 
-from neco.dataset.files import SUFFIXES, Ref, Tree, read_bytes
+from neco.dataset import decode
+from neco.dataset.decode import ValueRange
+from neco.dataset.files import SUFFIXES, Ref, Tree, read_text
+from neco.dataset.masks import Numbering, StoredMask, read_mask
 from neco.errors import NecoError
 from neco.values import Fraction, NonNegative, Share, share
 
 log = logging.getLogger(__name__)
 
 IGNORE = 255  # the label of a pixel that belongs to no class, in every data set
-# The largest cameras make 200 megapixels. 2**28 take 2.7 GB while they are decoded; more are refused before.
-PIXELS = 2**28
-Image.MAX_IMAGE_PIXELS = PIXELS  # above it PIL warns, as it does by default for good photographs
-TURNS = dict(enumerate((
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
-), start=2))  # fmt: skip
+# Of a mask beside an image that its EXIF orientation turns: drawn on what is displayed, or on what is stored
+MaskFrame = Literal["auto", "displayed", "stored"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image of a split. `key` is unique within the split; `mask` is None where the set is unlabelled."""
+    """One image of a split. `key` is unique within the split; `mask` is None where the set is unlabelled.
+
+    `range`: stored values that become black and white, see `neco.dataset.decode.read_pixels`.
+    """
 
     key: str
     image: Ref
     mask: Ref | None = None
+    range: ValueRange | None = None
 
 
 class Dataset(ABC):
@@ -54,6 +55,10 @@ class Dataset(ABC):
         counts: published numbers of images by split; what differs is warned about.
         marks: beginnings of keys that only this split has. In another split they are an error.
         image_size: all images are squares of this many pixels; None where they vary. Evaluations never go beyond.
+        colours: whether colours in masks have a meaning of their own.
+        mask_frame: where masks of images lie that their EXIF orientation turns; `auto`: as the sizes say.
+        unclear_frame: what `auto` is where sizes do not tell: masks of published sets are older than programs that turn
+            images. None: an error.
 
     Args:
         fraction: share of the train split to use, like 0.1 or "1/8": floor(share x images), at least one, a seeded
@@ -65,6 +70,8 @@ class Dataset(ABC):
             next epoch the other.
         max_bad: share of the images that may be unreadable; others take their place. More stop the run.
         index: folder for what takes long to find out about archives and folders; None = nowhere.
+        range: stored values that become black and white in all images, [low, high], or `auto` for the lowest and the
+            highest of each image. None: 8 bits as they are, of 16 bits the upper half, others are refused.
 
     Raises:
         NecoError: both `fraction` and `files` are to choose.
@@ -74,7 +81,9 @@ class Dataset(ABC):
     counts: Mapping[str, int] = {}
     marks: Mapping[str, tuple[str, ...]] = {}
     image_size: int | None = None
-    hint = ""  # what to do about a value in a mask that is no class
+    colours = False
+    mask_frame: MaskFrame = "auto"
+    unclear_frame: Literal["stored"] | None = "stored"
 
     def __init__(
         self,
@@ -85,10 +94,15 @@ class Dataset(ABC):
         weight: Annotated[float, Gt(0), Le(1000)] = 1.0,
         max_bad: Fraction = 0.01,
         index: str | None = None,
+        range: ValueRange | None = None,
     ) -> None:
         self.fraction, self.subset_seed, self.files = share(fraction), subset_seed, files
         self.weight, self.max_bad, self.index = weight, max_bad, index
+        self.range = range
+        self.numbering = Numbering()
         self._listed: dict[str, list[Sample]] = {}
+        if range is not None and range != "auto" and not range[0] < range[1]:
+            raise NecoError(f"range={[*range]}: the first value becomes black and the second white: it must be larger")
         if files and self.fraction < 1:
             raise NecoError(f"fraction={fraction} and files={files} both choose from train: leave one of them out")
 
@@ -115,6 +129,8 @@ class Dataset(ABC):
         if split not in self._listed:
             found = sorted(self.find(split), key=lambda sample: sample.key)
             self._compare(split, found)
+            if self.range is not None:
+                found = [sample if sample.range else replace(sample, range=self.range) for sample in found]
             self._listed[split] = self._choose(found) if split == "train" else found
         return self._listed[split]
 
@@ -140,7 +156,7 @@ class Dataset(ABC):
         if not self.chooses or not found:
             return found
         if self.files:
-            return _named(found, Path(self.files).expanduser())
+            return choose_named(found, self.files, "files")
         order = np.random.Generator(np.random.Philox(self.subset_seed)).permutation(len(found))
         count = max(1, int(self.fraction * len(found) + 1e-9))  # 1e-9: 0.29 * 100 is 28.999...
         return [found[i] for i in sorted(order[:count])]
@@ -160,6 +176,10 @@ class Dataset(ABC):
         """Files beside the masks that the labels of what was listed depend on."""
         return []
 
+    def advice(self, raw: np.ndarray) -> str:
+        """What to do about a mask as stored that holds a value which is no class."""
+        return ""
+
     def shares(self, samples: Sequence[Sample]) -> list[tuple[int, int]]:
         """(images, how many of them an epoch sees) of consecutive runs of `samples`."""
         return [(len(samples), max(1, round(self.weight * len(samples))))]
@@ -169,58 +189,81 @@ class Dataset(ABC):
         return {"": (int(self.max_bad * len(samples) + 1e-9), len(samples))}
 
 
-def read_image(ref: Ref) -> np.ndarray:
-    """Image file -> uint8 (H, W, 3) RGB, turned as its EXIF orientation says; the first frame where there are more.
-
-    Grey, palette and CMYK are converted, alpha is dropped, 16 bits become 8.
-
-    Raises:
-        NecoError: the file is missing, is no image, is truncated, too large or of unknown range; names it.
-    """
-    with _opened(ref) as image:
-        image.load()
-        turn = _turn(image)
-        image.info.pop("transparency", None)  # alpha is dropped; PIL would warn
-        if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("floating-point pixels have no agreed range")
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        return np.asarray(image if turn is None else image.transpose(turn))  # read-only: one copy less
+def read_image(source: Ref | Sample) -> np.ndarray:
+    """An image file, or the image of a sample -> uint8 (H, W, 3) RGB: see `neco.dataset.decode.read_pixels`."""
+    if isinstance(source, Sample):
+        return decode.read_pixels(source.image, source.range)
+    return decode.read_pixels(source)
 
 
 def read_label(dataset: Dataset, sample: Sample) -> np.ndarray:
-    """The mask of `sample` -> int64 (H, W): the data set's classes and IGNORE, nothing else.
+    """The mask of `sample` -> int64 (H, W) in the frame of its image: the data set's classes and IGNORE, nothing else.
 
     Raises:
         NecoError: there is no mask, it cannot be read, or it holds a value that is no class; names file and value.
     """
     if sample.mask is None:
         raise NecoError(f"{sample.image} has no mask: {type(dataset).__name__} holds unlabelled images")
-    raw = read_stored(sample.mask)
+    mask = read_mask(sample.mask, dataset.colours)
+
+    def wrong_in(label: np.ndarray) -> np.ndarray:
+        return ((label < 0) | (label >= len(dataset.classes))) & (label != IGNORE)
+
+    raw = dataset.numbering(mask, sample.mask, lambda numbers: not wrong_in(dataset.label(numbers, sample)).any())
     label = dataset.label(raw, sample)
     if label.ndim != 2:
         raise NecoError(f"{sample.mask} has shape {label.shape}: a mask has one channel of class numbers, not colours")
-    wrong = ((label < 0) | (label >= len(dataset.classes))) & (label != IGNORE)
-    if wrong.any():
+    if (wrong := wrong_in(label)).any():
         raise NecoError(
             f"{sample.mask} holds the value {raw[wrong][0]} ({wrong.sum()} pixels), which is no class of "
-            f"{type(dataset).__name__} ({len(dataset.classes)} classes, from 0){dataset.hint}"
+            f"{type(dataset).__name__} ({len(dataset.classes)} classes, from 0){dataset.advice(raw)}"
         )
-    return label
+    return decode.turned(label, _turn_of(dataset, sample, mask))
+
+
+def mask_size(dataset: Dataset, sample: Sample) -> tuple[int, int]:
+    """Width and height of the mask that `read_label` would give, from headers alone."""
+    if sample.mask is None:
+        raise NecoError(f"{sample.image} has no mask: {type(dataset).__name__} holds unlabelled images")
+    size, own = decode.frame(sample.mask)
+    turn = _turn_of(dataset, sample, StoredMask(np.empty(size[::-1], bool), None, "", 8, own))
+    return size[::-1] if turn >= 5 else size
+
+
+def _turn_of(dataset: Dataset, sample: Sample, mask: StoredMask) -> int:
+    """The EXIF orientation by which a mask has to be turned to lie on its image; 1 = it does.
+
+    A mask that has an orientation of its own is turned as it says. Raises NecoError where it cannot be told.
+    """
+    if (mask.orientation or 1) in decode.TURNS:
+        return mask.orientation or 1
+    try:
+        size, orientation = decode.frame(sample.image)
+    except NecoError:
+        return 1  # whoever reads the image says what is wrong with it
+    if (turn := orientation or 1) not in decode.TURNS:
+        return 1
+    displayed = size[::-1] if turn >= 5 else size
+    rule = dataset.mask_frame
+    if rule == "auto" and (mask.size == size) != (mask.size == displayed):
+        rule = "stored" if mask.size == size else "displayed"
+    elif rule == "auto" and mask.size == size:
+        rule = "displayed" if mask.orientation == 1 else dataset.unclear_frame or rule
+    elif rule == "auto":
+        rule = "displayed"  # of another size: whoever compares them says so
+    if rule == "auto":
+        raise NecoError(
+            f"{sample.image} is turned by its EXIF orientation ({turn}), and its mask {sample.mask} has a size that "
+            "fits both ways: set dataset.mask_frame=displayed where masks were drawn on the turned image, else stored"
+        )
+    return turn if rule == "stored" else 1
 
 
 def same_frame(sample: Sample, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
     """Raises NecoError when image and mask differ in (width, height)."""
     if image != mask:
-        hint = "; only the image was turned, by its EXIF orientation" if image == mask[::-1] else ""
+        hint = "; one of the two lies on its side" if image == mask[::-1] else ""
         raise NecoError(f"{sample.image} is {image} pixels large, its mask {sample.mask} is {mask}{hint}")
-
-
-def read_stored(ref: Ref) -> np.ndarray:
-    """A mask file as it is: (H, W) values, palette indices among them, or (H, W, 3) colours."""
-    with _opened(ref) as image:
-        return np.asarray(image)
 
 
 def table(labels: Mapping[int, int]) -> np.ndarray:
@@ -238,34 +281,6 @@ def look_up(entries: np.ndarray, raw: np.ndarray) -> np.ndarray:
     return np.where((raw >= 0) & (raw < len(entries)), entries[raw.clip(0, len(entries) - 1)], -1)
 
 
-def stored_size(ref: Ref) -> tuple[int, int]:
-    """Width and height from the header of an image or mask, as stored."""
-    with _opened(ref) as image:
-        return image.size
-
-
-@contextlib.contextmanager
-def _opened(ref: Ref) -> Iterator[Image.Image]:
-    """An image of which the header was read. What goes wrong with it in the block is a NecoError that names it."""
-    data = read_bytes(ref)
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {PIXELS / 1e6:.0f} million")
-        yield image
-    except UnidentifiedImageError:
-        raise NecoError(f"cannot decode {ref} ({len(data)} bytes): no known image format") from None
-    except Exception as error:  # on broken files decoders raise just anything
-        raise NecoError(f"cannot decode {ref} ({len(data)} bytes): {error or type(error).__name__}") from error
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken metadata of a good image: as stored
-        return None
-
-
 def pair_samples(images: Mapping[str, Ref], masks: Mapping[str, Ref] | None = None) -> list[Sample]:
     """Samples of image files by relative path and, where given, of the masks with the same names.
 
@@ -274,11 +289,37 @@ def pair_samples(images: Mapping[str, Ref], masks: Mapping[str, Ref] | None = No
     if masks is None:
         return [Sample(key, path) for key, path in images.items()]
     image, mask = _by_stem(images), _by_stem(masks)
-    for have, want, what in ((image, mask, "images have no mask"), (mask, image, "masks have no image")):
-        if lost := sorted(have.keys() - want.keys()):
+    of = match_names(image, mask)
+    lost_images, lost_masks = sorted(image.keys() - of.keys()), sorted(mask.keys() - {*of.values()})
+    for lost, have, want, what in (
+        (lost_images, image, mask, "images have no mask"), (lost_masks, mask, image, "masks have no image"),
+    ):  # fmt: skip
+        if lost:
             there = f"; of those that are there the first is {next(iter(want.values()))}" if want else ""
             raise NecoError(f"{len(lost)} of {len(have)} {what}, the first {have[lost[0]]}{there}")
-    return [Sample(key, image[key], mask[key]) for key in sorted(image)]
+    return [Sample(key, image[key], mask[of[key]]) for key in sorted(image)]
+
+
+def match_names(names: Iterable[str], there: Collection[str]) -> dict[str, str]:
+    """Which of the names `there` each name means, if any: itself, else the only one left that looks the same.
+
+    Names look the same in another Unicode normal form: macOS writes accents as letters of their own.
+    """
+    names = list(names)
+    found = {name: name for name in names if name in there}
+    if len(found) < len(names):
+        lost = _by_normal_form(name for name in names if name not in found)
+        left = _by_normal_form(name for name in there if name not in found)
+        pairs = ((lost[form], left.get(form, [])) for form in lost)
+        found |= {one[0]: other[0] for one, other in pairs if len(one) == len(other) == 1}
+    return found
+
+
+def _by_normal_form(names: Iterable[str]) -> dict[str, list[str]]:
+    forms: dict[str, list[str]] = {}
+    for name in names:
+        forms.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    return forms
 
 
 def _by_stem(paths: Mapping[str, Ref]) -> dict[str, Ref]:
@@ -291,10 +332,10 @@ def _by_stem(paths: Mapping[str, Ref]) -> dict[str, Ref]:
     return found
 
 
-def read_names(text: str, place: object) -> dict[str, int]:
+def read_names(lines: Sequence[str], place: object) -> dict[str, int]:
     """The names of a list file, one a line -> their lines. Raises NecoError for one that comes twice, or none."""
     names: dict[str, int] = {}
-    for line, name in enumerate(text.splitlines(), 1):
+    for line, name in enumerate(lines, 1):
         name = name.strip()
         if name and not name.startswith("#") and names.setdefault(name, line) != line:
             raise NecoError(f"{place}: {name} is named twice, in lines {names[name]} and {line}")
@@ -303,36 +344,64 @@ def read_names(text: str, place: object) -> dict[str, int]:
     return names
 
 
+def readings(line: str) -> list[str]:
+    """What a line of a list may name, the likeliest first: names may hold spaces, or be followed by something else."""
+    whole = line.strip()
+    words = [whole, *whole.split()[:1]]
+    return list(dict.fromkeys([*words, *(word.replace("\\", "/") for word in words)]))  # of Windows
+
+
 def without_suffix(path: str) -> str:
     """A path without the suffix of an image, if it has one: names may have dots."""
     stem, _, suffix = path.rpartition(".")
     return stem if f".{suffix.lower()}" in SUFFIXES else path
 
 
-def _named(samples: Sequence[Sample], file: Path) -> list[Sample]:
-    """Those that the lines of `file` name, in the order of `samples`."""
-    names = read_names(read_bytes(str(file)).decode("utf-8-sig", "surrogateescape"), file)  # file names are any bytes
-    at: dict[str, set[tuple[int, str]]] = {without_suffix(name).rpartition("/")[2]: set() for name in names}
+def choose_named(samples: Sequence[Sample], file: str, key: str) -> list[Sample]:
+    """Those that the lines of a text file name, in the order of `samples`; `key`: of the configuration, that names it.
+
+    Raises NecoError for a line that names none or several.
+    """
+    path = Path(file).expanduser()
+    names = read_names(read_text(str(path)), path)
+    at: dict[str, set[tuple[int, str]]] = {}
+    for name in names:
+        for reading in readings(name):
+            at[_form(without_suffix(reading).rpartition("/")[2])] = set()
     for place, sample in enumerate(samples):
-        for path in (sample.key, str(sample.image)):
-            whole = f"/{without_suffix(path)}"
-            if (last := whole.rpartition("/")[2]) in at:
+        for whole in (sample.key, str(sample.image)):
+            whole = f"/{without_suffix(whole)}"
+            if (last := _form(whole.rpartition("/")[2])) in at:
                 at[last].add((place, whole))
     chosen: dict[int, str] = {}
     for name, line in names.items():
-        name = name.removeprefix("./")
-        stem = without_suffix(name)
-        found = {place for place, whole in at[stem.rpartition("/")[2]] if whole.endswith(f"/{stem}")}
-        exact = {place for place in found if name in (samples[place].key, without_suffix(samples[place].key))}
-        found = exact if len(exact) == 1 else found
+        found: set[int] = set()
+        for reading in readings(name):
+            found = _meant(reading.removeprefix("./"), at, samples)
+            if found:
+                break
         if len(found) != 1:
             keys = sorted(samples[place].key for place in found)
             what = f"{', '.join(keys[:3])}: say which" if keys else f"none of {len(samples)} like {samples[0].key}"
-            raise NecoError(f"files={file}, line {line}: {name} is {what}")
+            raise NecoError(f"{key}={file}, line {line}: {name} is {what}")
         if (place := found.pop()) in chosen:
-            raise NecoError(f"files={file}, line {line}: {name} is {samples[place].key}, which {chosen[place]} is, too")
+            raise NecoError(f"{key}={file}, line {line}: {name} is {samples[place].key}, which {chosen[place]} is, too")
         chosen[place] = name
     return [samples[place] for place in sorted(chosen)]
+
+
+def _meant(name: str, at: Mapping[str, set[tuple[int, str]]], samples: Sequence[Sample]) -> set[int]:
+    """Places of the samples that a name may mean; `at`: by the last part of their paths, in one normal form."""
+    stem = without_suffix(name)
+    near = at.get(_form(stem.rpartition("/")[2]), set())
+    found = {place for place, whole in near if whole.endswith(f"/{stem}")}
+    found = found or {place for place, whole in near if _form(whole).endswith(f"/{_form(stem)}")}
+    exact = {place for place in found if name in (samples[place].key, without_suffix(samples[place].key))}
+    return exact if len(exact) == 1 else found
+
+
+def _form(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 # Folders below a root that make up one arrangement of a data set.
@@ -348,7 +417,9 @@ def choose_layout(tree: Tree, layouts: Sequence[Layout], what: str, advice: str)
     complete = [layout for layout in layouts if all(tree.is_dir(path) for path in layout)]
     if not complete:
         looked = dict.fromkeys(path for layout in layouts for path in layout)
-        raise tree.missing(what, list(looked), advice + one_off(tree, layouts))
+        if hint := one_off(tree, layouts):
+            raise NecoError(f"{hint} There is no {what} in {', '.join(str(tree.root / path) for path in looked)}.")
+        raise tree.missing(what, list(looked), advice)
     if len(complete) > 1:
         taken, *others = (" + ".join(path or "." for path in layout) for layout in complete)
         log.warning("%s: %s is there twice: %s is taken, %s is not", tree, what, taken, "; ".join(others))
@@ -362,7 +433,7 @@ def one_off(tree: Tree, layouts: Sequence[Layout]) -> str:
         below = sorted(root.iterdir()) if root.is_dir() else []
         for place, how in ((root.parent, "deep"), *((folder, "high") for folder in below)):
             if any(all((place / path).is_dir() for path in layout) for layout in layouts):
-                return f"\ndataset.root={tree} is one level too {how}: use {place}."
+                return f"dataset.root={tree} is one level too {how}: use {place}."
     return ""
 
 

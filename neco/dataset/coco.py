@@ -21,11 +21,11 @@ from neco.dataset.base import (
     look_up,
     one_off,
     pair_samples,
-    read_stored,
     require_split,
     table,
 )
 from neco.dataset.files import Ref, Tree, read_bytes
+from neco.dataset.masks import read_mask
 from neco.errors import NecoError
 
 log = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ class CocoMasks(Coco):
         encoding: how masks hold categories; `auto` finds it out from a few of each split, and the log says what it is.
     """
 
+    colours = True
     groups: Mapping[str, str]  # class: category numbers
     folders: tuple[str, ...]  # of masks
 
@@ -137,7 +138,9 @@ class CocoMasks(Coco):
         )
         if not there:
             both = [(f"{base}{split}2017", folder) for base in BASES for folder in folders]
-            raise self.tree.missing(f"masks of {name} {split}2017", folders, advice + one_off(self.tree, both))
+            if hint := one_off(self.tree, both):
+                raise NecoError(f"{hint} There are no masks of {name} {split}2017 here.")
+            raise self.tree.missing(f"masks of {name} {split}2017", folders, advice)
         folder = there[0]
         found = pair_samples(images, _files(self.tree, folder, ".png"))
         listing = self.tree.ref(f"{folder}.json")
@@ -147,7 +150,7 @@ class CocoMasks(Coco):
         if encoding == "panoptic" and listing is None:
             raise self.tree.missing(f"panoptic annotations of {folder}", [f"{folder}.json"], advice)
         self.encodings |= {_above(sample.mask): (encoding, listing) for sample in found}
-        if all((self.label(read_stored(sample.mask), sample) == IGNORE).all() for sample in looked):
+        if all((self.label(_read(sample.mask), sample) == IGNORE).all() for sample in looked):
             raise NecoError(
                 f"{self.tree}/{folder}: {len(looked)} masks hold none of the classes of {name} ({encoding})"
             )
@@ -160,7 +163,7 @@ class CocoMasks(Coco):
 
     def _tell(self, folder: str, looked: Sequence[Sample], listing: Ref | None) -> Encoding:
         """The encoding of masks. Raises NecoError where they fit none, or two and the folder's name does not tell."""
-        masks = [read_stored(sample.mask) for sample in looked if sample.mask]
+        masks = [_read(sample.mask) for sample in looked if sample.mask]
         place, key = f"{self.tree}/{folder}", "set dataset.encoding=id, id_minus_1, panoptic or two_channel"
         if {mask.ndim for mask in masks} == {3}:
             if listing and all(
@@ -243,6 +246,12 @@ def _segments(listing: Ref) -> Segments:
         return Segments(json.loads(read_bytes(listing), object_hook=compact)["annotations"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise NecoError(f"{listing} is no panoptic annotation file ({error!r}): get it again") from error
+
+
+def _read(mask: Ref | None) -> np.ndarray:
+    """The stored numbers (H, W), or colours (H, W, 3)."""
+    assert mask is not None
+    return read_mask(mask, colours=True).values
 
 
 def _segment(colours: np.ndarray) -> np.ndarray:

@@ -1,9 +1,11 @@
 """Where files are and how they are read: folders, and archives as if they were folders."""
 
+import codecs
 import errno
 import logging
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, features
 
 from neco.dataset import archive, digests, file_state
 from neco.dataset.archive import LEFT_OUT, Content, Member, Store, is_archive
@@ -20,13 +23,34 @@ from neco.dataset.file_state import State, state_of
 from neco.errors import NecoError
 from neco.files import CACHE_TAG, is_cache_tag
 
+
+def _pil_reads_avif() -> bool:
+    Image.init()
+    return "AVIF" in Image.OPEN
+
+
 log = logging.getLogger(__name__)
 MARKS = {*archive.RUN, CACHE_TAG}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    *((".jp2", ".j2k") if features.check("jpg_2000") else ()), *((".avif",) if _pil_reads_avif() else ()),
+)  # fmt: skip
+# Pictures and arrays that are not read: counted, so that nobody wonders where they are
+OTHER_SUFFIXES = (
+    ".jp2", ".j2k", ".avif", ".heic", ".heif", ".jxl", ".tga", ".psd", ".svg", ".ico", ".exr", ".hdr", ".pfm", ".dng",
+    ".cr2", ".cr3", ".nef", ".arw", ".raf", ".dcm", ".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".npy", ".npz", ".mat",
+    ".h5", ".mp4", ".avi", ".mov", ".webm", ".apng", ".jxr", ".dds", ".qoi",
+)  # fmt: skip
+DANGLING = "@"  # ends the name of a link to nothing in a listing
 PACKED = {  # compressed as a whole: a member cannot be read without all before it -> what helps
     ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tbz2": "bunzip2", ".tar.xz": "unxz",
     ".txz": "unxz", ".tar.zst": "unzstd", ".rar": "unrar x", ".7z": "7z x",
 }  # fmt: skip
+BYTE_ORDER_MARKS = {  # the longer first
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+KINDS = " ".join((*SUFFIXES, *OTHER_SUFFIXES))  # that a kept listing knows
 WAYS = 100  # by which links may lead to a folder
 KEEP = 10_000  # names: a listing of fewer is as fast as reading it
 
@@ -47,15 +71,36 @@ def read_bytes(ref: Ref) -> bytes:
         raise NecoError(f"cannot read {ref}: {error.strerror or error}") from error
 
 
+def read_text(ref: Ref) -> list[str]:
+    """The lines of a text file in UTF-8, or in what its byte-order mark says: Windows writes UTF-16.
+
+    File names are any bytes: those that are no UTF-8 become surrogates, as Python's own functions have them. Raises
+    NecoError that names a file which cannot be read, or is no text.
+    """
+    data = read_bytes(ref)
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            data = data.decode(encoding, "replace").encode("utf-8", "surrogatepass")
+            break
+    else:
+        if b"\0" in data[:1000]:  # UTF-16 without its mark: every second byte of plain letters
+            little = data[1:1000:2].count(0) > data[0:1000:2].count(0)
+            data = data.decode("utf-16-le" if little else "utf-16-be", "replace").encode("utf-8", "surrogatepass")
+    if b"\0" in data:
+        raise NecoError(f"{ref} is no text: save it in UTF-8, one name a line")
+    return re.split(r"\r\n|\r|\n", data.decode("utf-8", "surrogateescape"))
+
+
 def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
     """All folders below one, itself included, and what lies in them, without hidden files.
 
     A long listing is kept in `index`; then only folders that have changed are read again.
 
     Returns:
-        path relative to `folder` with `/` at the end ("" itself) -> names of images, archives and, with `/` at the end,
-        of folders, sorted. Links are followed, but not to a folder above. Folders of runs and caches of neco, other
-        than `folder`, are not entered; their only name is LEFT_OUT.
+        path relative to `folder` with `/` at the end ("" itself) -> names of images, of other pictures, archives and,
+        with `/` at the end, of folders, sorted. Links are followed, but not to a folder above; one to nothing has `@`
+        at the end. Folders of runs and caches of neco, other than `folder`, are not entered; their only name is
+        LEFT_OUT.
 
     Raises:
         NecoError: a folder cannot be read, or links lead to it in more than 100 ways.
@@ -82,6 +127,8 @@ def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
             if now != before:
                 state = now if now[2] and file_state.is_settled(now) else None  # 0 is no time
                 names = _names(path)
+                if any(name[-1:] == DANGLING for name in names):
+                    state = None  # a link's target may come back without a trace here
             if names[:1] == [LEFT_OUT]:
                 names = [LEFT_OUT] if relative else names[1:]
         except PermissionError:
@@ -98,13 +145,13 @@ def listing(folder: str, index: Path | None = None) -> dict[str, list[str]]:
         states = np.array([state or (0, 0, 0, 0) for state, _ in found.values()], np.int64)
         counts = np.array([len(names) for _, names in found.values()], np.int64)
         names = [name for _, names in found.values() for name in names]
-        store.save("", folders=list(found), states=states, counts=counts, names=names)
+        store.save(KINDS, folders=list(found), states=states, counts=counts, names=names)
     return {relative: names for relative, (_, names) in found.items()}
 
 
 def _load(store: Store) -> dict[str, tuple[State | None, list[str]]]:
     """Folder -> its state when it was read, None where that may not show a change, and names."""
-    if not (kept := store.load("")) or "states" not in kept:
+    if not (kept := store.load(KINDS)) or "states" not in kept:
         return {}
     ends = np.cumsum(kept["counts"]).tolist()
     names = [kept["names"][start:end] for start, end in zip([0, *ends], ends, strict=False)]
@@ -117,7 +164,7 @@ def _load(store: Store) -> dict[str, tuple[State | None, list[str]]]:
 
 def _names(folder: str) -> list[str]:
     """Of images, archives and folders in a folder; LEFT_OUT before them where it is that of a run or a cache."""
-    wanted = (*SUFFIXES, *archive.ARCHIVES, *PACKED)
+    wanted = (*SUFFIXES, *OTHER_SUFFIXES, *archive.ARCHIVES, *PACKED)
     found, marks = [], set()
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -130,11 +177,16 @@ def _names(folder: str) -> list[str]:
                 if entry.is_dir():
                     if name != "__MACOSX":
                         found.append(f"{name}/")
-                elif name.lower().endswith(wanted) and entry.is_file():  # a pipe would be waited for
-                    found.append(name)
+                elif name.lower().endswith(wanted):
+                    if entry.is_file():  # a pipe would be waited for
+                        found.append(name)
+                    elif entry.is_symlink() and not Path(entry).exists():
+                        found.append(f"{name}{DANGLING}")
             except OSError as error:
                 if error.errno != errno.ELOOP:  # a link to itself leads to nothing, as any to what is not there
                     raise
+                if name.lower().endswith(wanted):
+                    found.append(f"{name}{DANGLING}")
     ours = marks >= archive.RUN or (CACHE_TAG in marks and is_cache_tag(Path(folder, CACHE_TAG)))
     return [*([LEFT_OUT] if ours else []), *sorted(found)]
 
@@ -189,11 +241,15 @@ class Place(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """What was found below a folder: images by key, archives compressed as a whole, folders of runs and caches."""
+    """What was found below a folder: images by key, archives compressed as a whole, folders of runs and caches.
+
+    `other`: names of pictures that are not read, and of links to nothing.
+    """
 
     images: dict[str, Ref]
     packed: list[Place]
     left: list[Place]
+    other: list[str]
 
 
 class Tree:
@@ -217,6 +273,7 @@ class Tree:
         self.index = Path(index).expanduser() if index else None
         self._archives: dict[str, list[str]] = {}
         self._broken: dict[str, NecoError] = {}
+        self._left_out: dict[str, str] = {}  # folder -> what was said of files there that are not read
 
     def __str__(self) -> str:
         return str(self.root)
@@ -228,10 +285,10 @@ class Tree:
         """The file at `path`, None where there is none."""
         return next((ref for place in self._places(path) if (ref := place.file()) is not None), None)
 
-    def text(self, path: str) -> str | None:
-        """The content of a text file, None where there is none."""
+    def text(self, path: str) -> list[str] | None:
+        """The lines of a text file, None where there is none."""
         ref = self.ref(path)
-        return read_bytes(ref).decode("utf-8-sig", "replace") if ref else None
+        return read_text(ref) if ref else None
 
     def names(self, path: str = "") -> list[str]:
         """What lies directly in a folder, sorted, without hidden files; archives without their suffix."""
@@ -247,12 +304,15 @@ class Tree:
         Archives are folders of the name without suffix, unless that folder or all that they hold lies beside them.
         Folders of runs and of caches of neco are left out, unless `path` lies in one.
         """
-        gathered = Gathered({}, [], [])
+        gathered = Gathered({}, [], [], [])
         for place in self._folders(path):
             self._collect(place, "", gathered)
         found, packed, left = gathered.images, gathered.packed, gathered.left
         if left:
             _tell(f"{len(left)} folders of runs and caches are left out below {self.root / path}, like {left[0]}")
+        if gathered.other and path not in self._left_out:
+            self._left_out[path] = _counted(gathered.other, path)
+            log.warning("%s: %s", self, self._left_out[path])
         if packed and not found:
             raise NecoError(f"no image files in {self.root / path}, but {_advice(packed[0])}")
         if packed:
@@ -270,7 +330,8 @@ class Tree:
         above = {path[:end] for path in looked for end, sign in enumerate(f"{path}/") if sign == "/"}
         beside = [folder for path in sorted({"", *above}) for folder in self._folders(path)]
         packed = [folder.child(name) for folder in beside for name in sorted(folder.children()) if _is_packed(name)]
-        hints = "".join(f"\n{hint}" for hint in [*map(_advice, packed[:3]), *self._broken.values()])
+        more = [*map(_advice, packed[:3]), *self._broken.values(), *self._left_out.values()]
+        hints = "".join(f"\n{hint}" for hint in more)
         places = "".join(f"\n  {self.root / path}" for path in looked)
         return NecoError(
             f"no {what}. Looked in{places}\n{there}.{hints}\n{advice}\nSet its place with dataset.root=FOLDER."
@@ -355,7 +416,7 @@ class Tree:
         return self._mounted(place, tops[0]) if only_archive else place
 
     def _collect(self, place: Place, above: str, into: Gathered) -> None:
-        """Add the images below a place, under keys that begin with `above`."""
+        """Add the images below a place, under keys that begin with `above`, and what is not read."""
         for relative, names in place.walk(self.index):
             here = place.child(relative[:-1]) if relative else place
             if names == [LEFT_OUT]:
@@ -368,6 +429,8 @@ class Tree:
                     into.packed.append(here.child(name))
                 elif is_archive(name):
                     self._enter(here, name, names, f"{above}{relative}{name[:-4]}/", into)
+                elif name[-1] == DANGLING or name.lower().endswith(OTHER_SUFFIXES):
+                    into.other.append(f"{above}{relative}{name}")
 
     def _enter(self, folder: Place, name: str, beside: list[str], above: str, into: Gathered) -> None:
         """Add the images in an archive, unless it lies unpacked beside it."""
@@ -392,6 +455,18 @@ class Tree:
 def _tell(message: str) -> None:
     """Once: a folder is listed for each split, and for masks."""
     log.info("%s", message)
+
+
+def _counted(names: Sequence[str], folder: str) -> str:
+    """A line on files that are left out."""
+    kinds = Counter("links to nothing" if name[-1] == DANGLING else _suffix(name) for name in names)
+    listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(6))
+    first = "/".join(filter(None, (folder, names[0].removesuffix(DANGLING))))
+    return f"{len(names)} files are left out, the first is {first}: {listed}. What is read: {' '.join(SUFFIXES)}"
+
+
+def _suffix(name: str) -> str:
+    return max((suffix for suffix in OTHER_SUFFIXES if name.lower().endswith(suffix)), key=len)
 
 
 def _is_packed(name: str) -> bool:

@@ -2,12 +2,14 @@
 
 import logging
 import re
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 
-from neco.dataset.base import IGNORE, Dataset, Sample, pair_samples, require_split
-from neco.dataset.files import SUFFIXES, Tree
+from neco.dataset.base import Sample, choose_named, match_names, pair_samples, require_split, without_suffix
+from neco.dataset.files import SUFFIXES, Ref, Tree
+from neco.dataset.own import OwnMasks
 from neco.errors import NecoError
 from neco.values import Fraction
 
@@ -15,26 +17,25 @@ log = logging.getLogger(__name__)
 LIKE_MASKS = re.compile(r"(?i)/(\w*(labels?|masks?|annot|annotations?)|gtFine|SegmentationClass\w*)/")
 
 
-class Folder(Dataset):
+class Folder(OwnMasks):
     """All image files below `root` (see `neco.dataset.files.SUFFIXES`), at any depth.
-
-    Sub-folders `train` and `val` (of `root`, and of `masks`) are the splits where `root` has both. Otherwise a seeded
-    choice of `val_fraction` of the sorted images is the val split, and the others are the train split.
 
     Args:
         root: folder of images.
-        masks: folder with a PNG of class numbers for each image, under the same relative name.
-        classes: names in label order; wanted exactly when there are masks.
-        ignore: the stored value that means "no class", or several, mapped to 255.
+        masks: folder with a mask of class numbers for each image, under the same relative name.
+        split: how images become train and val. `folders`: `train` and `val` below `root` (and `masks`). `list`: those
+            that `train_list` and `val_list` name. `random`: a seeded choice of `val_fraction` is val. `block`: a
+            seeded run of neighbours is val, in the order of names with numbers in them as numbers: slices of a volume
+            and frames of a film look like their neighbours, so a random choice scores what was trained on. `auto`:
+            `list` where there are lists, else `folders` where `root` has both, else `random`.
+        train_list, val_list: text files, one name a line, as `files`; no image is in both.
         val_fraction: share of the images in the val split; with 0 there is none, an error when asked for. None = 0.1
             with masks and 0 without, where nothing could be evaluated on it.
         seed: of that choice.
 
     Raises:
-        NecoError: masks without classes or the reverse.
+        NecoError: masks without classes or the reverse, or lists that do not fit `split`.
     """
-
-    hint = ": what means none goes into dataset.ignore, a number or a list"
 
     def __init__(
         self,
@@ -42,31 +43,37 @@ class Folder(Dataset):
         root: str,
         masks: str | None = None,
         classes: list[str] | None = None,
-        ignore: int | list[int] = IGNORE,
+        split: Literal["auto", "folders", "list", "random", "block"] = "auto",
+        train_list: str | None = None,
+        val_list: str | None = None,
         val_fraction: Fraction | None = None,
         seed: int = 0,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(classes=classes, **common)
         if bool(masks) != bool(classes):
             have, lack = ("masks", "classes") if masks else ("classes", "masks")
             raise NecoError(f"dataset.{have} is set and dataset.{lack} is not: a labelled folder needs both")
+        lists = bool(train_list) + bool(val_list)
+        if lists == 1 or (split == "list" and not lists):
+            raise NecoError("dataset.train_list and dataset.val_list: two lists are needed, name both files")
+        if lists and split not in ("auto", "list"):
+            raise NecoError(f"dataset.split={split} takes no lists: leave out train_list and val_list, or split=list")
         self.tree = Tree(root, self.index)
         self.masks = Tree(masks, self.index) if masks else None
-        self.classes = tuple(classes or ())
-        self.ignore, self.seed = ([ignore] if isinstance(ignore, int) else ignore), seed
+        self.split, self.lists = "list" if lists else split, {"train": train_list or "", "val": val_list or ""}
         self.val_fraction = (0.1 if masks else 0.0) if val_fraction is None else val_fraction
+        self.seed = seed
 
     def find(self, split: str) -> list[Sample]:
         require_split(split, ("train", "val"), "a folder")
-        divided = all(self.tree.is_dir(part) for part in ("train", "val"))
-        part = split if divided else ""
-        found = pair_samples(self.tree.images(part), self.masks.images(part) if self.masks else None)
-        if not divided:
-            order = np.random.Generator(np.random.Philox(self.seed)).permutation(len(found))
-            first = round(self.val_fraction * len(found))
-            chosen = order[:first] if split == "val" else order[first:]
-            found = [found[i] for i in sorted(chosen)]
+        rule = self.split
+        if rule == "auto":
+            rule = "folders" if all(self.tree.is_dir(part) for part in ("train", "val")) else "random"
+        part = split if rule == "folders" else ""
+        found = self._listed_samples(split) if rule == "list" else self._pair(part)
+        if rule in ("random", "block"):
+            found = self._divide(found, rule)[split]
         if not found:
             kinds = " ".join(SUFFIXES)
             advice = f"Wanted: {kinds} files at any depth; val_fraction={self.val_fraction} has to leave some."
@@ -78,5 +85,67 @@ class Folder(Dataset):
             )  # fmt: skip
         return found
 
-    def label(self, raw: np.ndarray, sample: Sample) -> np.ndarray:
-        return np.where(np.isin(raw, self.ignore), IGNORE, raw).astype(np.int64)
+    def _pair(self, part: str) -> list[Sample]:
+        images = self.tree.images(part)
+        if not self.masks:
+            return pair_samples(images)
+        masks = self.masks.images(part)
+        try:
+            return pair_samples(images, masks)
+        except NecoError as error:
+            if hint := self._one_too_high(images, masks):
+                raise NecoError(f"{hint} ({error})") from error
+            raise
+
+    def _one_too_high(self, images: dict[str, Ref], masks: dict[str, Ref]) -> str:
+        """What to say where a folder below `root` or `masks` would pair, else nothing."""
+        for here, there, key, tree in ((images, masks, "root", self.tree), (masks, images, "masks", self.masks)):
+            wanted = {without_suffix(name) for name in there}
+            for top in sorted({name.split("/")[0] for name in here if "/" in name}):
+                inside = {without_suffix(name.removeprefix(f"{top}/")) for name in here if name.startswith(f"{top}/")}
+                if len(match_names(inside, wanted)) == len(inside) == len(wanted):
+                    return f"dataset.{key}={tree} is one level too high: use {tree}/{top}"
+        return ""
+
+    def _listed_samples(self, split: str) -> list[Sample]:
+        """The images that the list names, with their masks. Raises NecoError for one that both lists name."""
+        images = [Sample(key, image) for key, image in self.tree.images().items()]
+        if not images:
+            return []
+        chosen = {name: choose_named(images, self.lists[name], f"{name}_list") for name in ("train", "val")}
+        if both := {s.key for s in chosen["train"]} & {s.key for s in chosen["val"]}:
+            raise NecoError(
+                f"val_list={self.lists['val']}: {len(both)} images are in {self.lists['train']}, too, like {min(both)}"
+            )
+        found = chosen[split]
+        if not self.masks:
+            return found
+        masks = {without_suffix(key): mask for key, mask in self.masks.images().items()}
+        of = match_names([without_suffix(sample.key) for sample in found], masks)
+        if lost := [sample for sample in found if without_suffix(sample.key) not in of]:
+            raise NecoError(
+                f"{len(lost)} of {len(found)} images of {self.lists[split]} have no mask in {self.masks}, the first is "
+                f"{lost[0].image}"
+            )
+        names = ((sample, without_suffix(sample.key)) for sample in found)
+        return [replace(sample, key=name, mask=masks[of[name]]) for sample, name in names]
+
+    def _divide(self, found: list[Sample], rule: str) -> dict[str, list[Sample]]:
+        """The parts of images that have no splits of their own."""
+        random = np.random.Generator(np.random.Philox(self.seed))
+        count = round(self.val_fraction * len(found))
+        if rule == "random":
+            chosen = {*random.permutation(len(found))[:count].tolist()}
+        else:
+            order = sorted(range(len(found)), key=lambda place: _natural(found[place].key))
+            start = int(random.integers(len(found) - count + 1))
+            chosen = {*order[start : start + count]}
+        return {
+            "train": [sample for place, sample in enumerate(found) if place not in chosen],
+            "val": [sample for place, sample in enumerate(found) if place in chosen],
+        }
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts slice_2 before slice_10."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]

@@ -1,6 +1,7 @@
 """Several data sets as one to train on: the published `coco,imagenet100k` run, or any other mixture."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from neco.dataset.base import Dataset, Sample
@@ -37,7 +38,7 @@ class Mix(Dataset):
         found = []
         for prefix, part in self.parts.items():
             try:
-                found += [Sample(prefix + sample.key, sample.image) for sample in part.samples(split)]
+                found += [replace(sample, key=prefix + sample.key, mask=None) for sample in part.samples(split)]
             except NecoError as error:
                 key = f"'dataset.parts={{{prefix[:-1]}:{{weight:{part.weight:g},root:FOLDER}},...}}'"
                 raise NecoError(f"part {prefix[:-1]}: {error}".replace("dataset.root=FOLDER", key)) from error
@@ -56,6 +57,6 @@ class Mix(Dataset):
     def _divided(self, samples: Sequence[Sample]) -> Iterator[tuple[str, Dataset, list[Sample]]]:
         """Each part with its samples, under the keys they have there, in the order of `samples`."""
         for prefix, part in sorted(self.parts.items()):
-            own = [Sample(s.key.removeprefix(prefix), s.image) for s in samples if s.key.startswith(prefix)]
+            own = [replace(s, key=s.key.removeprefix(prefix)) for s in samples if s.key.startswith(prefix)]
             if own:
                 yield prefix, part, own

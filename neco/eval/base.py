@@ -102,6 +102,11 @@ def labelled(dataset: Dataset, split: str, drop_last: int = 0) -> list[Sample]:
     samples = sorted(dataset.samples(split), key=lambda sample: sample.key)
     if not dataset.classes or any(sample.mask is None for sample in samples):
         raise NecoError(f"{type(dataset).__name__} has no labels on {split}: choose a labelled data set to evaluate on")
+    if len(dataset.classes) == 1:
+        raise NecoError(
+            f"{type(dataset).__name__} has one class, {dataset.classes[0]}: every prediction would be right. Name a "
+            "second one, like background, and give its pixels a number of their own"
+        )
     if len(dataset.classes) > IGNORE:
         raise NecoError(
             f"{type(dataset).__name__} has {len(dataset.classes)} classes: evaluations tell at most {IGNORE} apart, as "

@@ -23,7 +23,8 @@ from torch.utils import data
 from torchvision.transforms import functional as colour
 
 from neco import devices, interrupt
-from neco.dataset.base import Dataset, Sample, read_image, read_label, same_frame, stored_size
+from neco.dataset import decode
+from neco.dataset.base import Dataset, Sample, mask_size, read_image, read_label, same_frame
 from neco.dataset.digests import Contents, noting, store_in
 from neco.errors import NecoError
 from neco.eval.base import PatchFeatures, generator, token_grid
@@ -121,11 +122,11 @@ class _Items(data.Dataset):
             return error
 
     def _read(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        image = Image.fromarray(read_image(sample.image)) if self.images else None
+        image = Image.fromarray(read_image(sample)) if self.images else None
         label = Image.fromarray(read_label(self.dataset, sample).astype(np.uint8)) if self.nearest else None
         frames = [frame.size for frame in (image, label) if frame]
         if image and sample.mask and not label:
-            frames.append(stored_size(sample.mask))  # read later: the features are kept
+            frames.append(mask_size(self.dataset, sample))  # read later: the features are kept
         same_frame(sample, frames[0], frames[-1])
         if self.draw:
             image = self.draw.cut(sample.key, self.draw.jitter(sample.key, image)) if image else None
@@ -344,7 +345,7 @@ class Extract:
         """Everything that features depend on but what the images hold; None where none are kept, or without weights."""
         if self.cache.folder is None or not isinstance(backbone, nn.Module) or not [*backbone.parameters()]:
             return None
-        sources = {inspect.getfile(used) for used in (Extract, read_image, type(backbone))}
+        sources = {inspect.getfile(used) for used in (Extract, decode.read_pixels, type(backbone))}
         return {
             "weights": weights_hash(backbone),
             "network": [(name, type(part).__qualname__, _settings(part)) for name, part in backbone.named_modules()],
@@ -352,7 +353,7 @@ class Extract:
             "normalisation": (MEAN, std),
             "size": sides(size),
             "draw": asdict(draw) if draw else None,
-            "samples": [sample.key for sample in samples],
+            "samples": [(sample.key, sample.range) for sample in samples],
             "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},
             "source": [hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in sorted(sources)],
         }

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,9 @@ def _draw(
     return predictions(dataset, samples, predicted, matrix)
 
 
-def _iou(matrix: Tensor, dataset: Dataset) -> dict[str, float | None]:
-    return metrics.by_class(metrics.class_iou(matrix), dataset.classes)
+def _by_class(matrix: Tensor, dataset: Dataset) -> dict[str, Any]:
+    iou = metrics.by_class(metrics.class_iou(matrix), dataset.classes)
+    return {"iou": iou, **metrics.absent(matrix, dataset.classes)}
 
 
 class Linear:
@@ -218,7 +219,7 @@ class Linear:
                     "epoch": best[lr][1],
                     "held_out": held_out.get(lr),
                     "loss": losses[lr],
-                    "iou": _iou(matrices[best[lr], own], dataset),
+                    **_by_class(matrices[best[lr], own], dataset),
                 }
                 for name, lr in names.items()
             },
@@ -249,7 +250,7 @@ class Linear:
         return Result(
             "/".join(parts + self._dropped),
             {"miou": scores[f"miou_{size_name(own)}"], **scores},
-            {f"miou_{size_name(at)}": {"iou": _iou(matrix, dataset)} for (_, at), matrix in found.items()}
+            {f"miou_{size_name(at)}": _by_class(matrix, dataset) for (_, at), matrix in found.items()}
             | {"head": about},
             pictures=_draw(head, found[path, own], dataset, shown(val, show), read, device),
         )

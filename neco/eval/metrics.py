@@ -94,3 +94,9 @@ def remap(matrix: Tensor, mapping: Tensor) -> Tensor:
 def by_class(iou: Tensor, classes: Sequence[str]) -> dict[str, float | None]:
     """IoU (C,) by class name, None where a class occurs nowhere: ready for JSON."""
     return {name: None if value != value else value for name, value in zip(classes, iou.tolist(), strict=True)}
+
+
+def absent(matrix: Tensor, classes: Sequence[str]) -> dict[str, list[str]]:
+    """`{"absent": names}` of the classes without a pixel in the ground truth of a (K, C) matrix, {} without any."""
+    names = [name for name, pixels in zip(classes, matrix.sum(0).tolist(), strict=True) if not pixels]
+    return {"absent": names} if names else {}

@@ -161,6 +161,7 @@ class Overcluster:
                 "seeds": dict(zip(self.seeds, scores, strict=True)),
                 "matching": match.__name__.removeprefix("match_"),
                 "iou": metrics.by_class(iou, dataset.classes),
+                **metrics.absent(matched[0], dataset.classes),
             }
         pictures = [picture for part in devices.merge(pictures) for picture in part]
         return Result(self._protocol(size, ks), found, details, pictures=pictures)

@@ -58,7 +58,7 @@ def shown(samples: Sequence[T], show: int) -> list[T]:
 
 def thumbnail(sample: Sample) -> np.ndarray:
     """The image, uint8 (H, W, 3), at most SIDE pixels large."""
-    image = Image.fromarray(read_image(sample.image))
+    image = Image.fromarray(read_image(sample))
     image.thumbnail((SIDE, SIDE))
     return np.asarray(image)
 

@@ -232,7 +232,7 @@ class Retrieval:
                     seen[k].append(predicted[k])
                 for patch in typical(soft):
                     near, at = (part[patch, :NEAREST].cpu() for part in (cosines, places))
-                    views = [patch_view(Image.fromarray(read_image(sample.image)), patch, soft.shape[:2])]
+                    views = [patch_view(Image.fromarray(read_image(sample)), patch, soft.shape[:2])]
                     views += [self._view(train, source, soft.shape[:2], size, seed) for source in sources[at].tolist()]
                     caption = "a patch and its nearest in train, cosine " + ", ".join(f"{c:.2f}" for c in near.tolist())
                     drawn.append(Picture("nearest patches", strip(views), sample.key, caption))
@@ -245,6 +245,7 @@ class Retrieval:
                 f"miou_k{k}": {
                     "memory": len(labels),
                     "iou": metrics.by_class(metrics.class_iou(matrix), dataset.classes),
+                    **metrics.absent(matrix, dataset.classes),
                 }
                 for k, matrix in matrices.items()
             },
@@ -261,7 +262,7 @@ class Retrieval:
     ) -> Image.Image:
         """A memory entry as it lies in its image."""
         turn, row, patch = source
-        image, draw = Image.fromarray(read_image(train[row].image)), self._draw(size, seed, turn)
+        image, draw = Image.fromarray(read_image(train[row])), self._draw(size, seed, turn)
         return patch_view(draw.cut(train[row].key, image) if draw else image, patch, grid)
 
     @property

@@ -19,7 +19,7 @@ from neco.dataset.inspect import read_pair
 from neco.errors import NecoError
 from neco.eval.base import Result, labelled
 from neco.eval.extract import Extract
-from neco.eval.metrics import by_class, class_iou, confusion, miou
+from neco.eval.metrics import absent, by_class, class_iou, confusion, miou
 from neco.eval.neighbours import full_precision
 from neco.eval.pictures import predictions, shown
 from neco.progress import track
@@ -110,7 +110,8 @@ class SlidingWindows:
             network.train(training)
         matrix = devices.total(matrix)
         metrics = {"miou": miou(matrix), "accuracy": float(matrix.diagonal().sum() / matrix.sum())}
-        details = {"miou": {"iou": by_class(class_iou(matrix), dataset.classes)}}
+        iou = by_class(class_iou(matrix), dataset.classes)
+        details = {"miou": {"iou": iou, **absent(matrix, dataset.classes)}}
         labels = {key: label for part in devices.merge(drawn) for key, label in part.items()}
         pictures = predictions(dataset, some, [labels[sample.key] for sample in some], matrix)
         return Result(self.protocol, metrics, details, pictures=pictures)

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from neco import devices
-from neco.dataset.base import IGNORE, Dataset, Sample, read_stored
+from neco.dataset.base import IGNORE, Dataset, Sample
+from neco.dataset.masks import read_mask
 from neco.errors import NecoError
 from neco.eval import clustering, metrics
 from neco.eval.base import (
@@ -283,6 +284,7 @@ class Unsupervised:
                     "markov_time": best.given.markov_time,
                     "threshold": best.given.threshold,
                     "iou": metrics.by_class(iou, dataset.classes),
+                    **metrics.absent(plain, dataset.classes),
                 },
                 "foreground_iou": {"precision": least, "clusters": int((precision >= least).sum())},
                 f"miou_k{classes - 1}": {"iou": metrics.by_class(metrics.class_iou(plain), dataset.classes)},
@@ -325,7 +327,7 @@ class Unsupervised:
         front = np.empty((len(own), h, w), bool)
         if self.masks:
             for row, sample in enumerate(own):
-                stored = read_stored(self._mask(sample))
+                stored = read_mask(self._mask(sample)).values
                 pixels = (stored.reshape(*stored.shape[:2], -1) > 0).any(2)
                 shares = Image.fromarray(pixels.astype(np.uint8) * 255).resize((w, h), Image.Resampling.BOX)
                 front[row] = np.asarray(shares) >= 128

@@ -12,7 +12,7 @@ from neco import config
 from neco.augment.views import Views, view_rng
 from neco.config import Settings, call
 from neco.dataset.base import Dataset
-from neco.dataset.inspect import Look, inspect, places, read_pair
+from neco.dataset.inspect import Look, check_classes, inspect, places, read_pair
 from neco.errors import NecoError
 from neco.eval.pictures import colours, overlay
 from neco.report import pages
@@ -63,11 +63,11 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         serves, problems = verdict(dataset, found)
         if len(job.datasets) == 1:
             log.info("\n%s", columns(rows))
-            for text in (*examples(dataset, found), *labels(dataset, found), *problems, *lacking.values()):
+            for text in (*examples(dataset, found), *labels(dataset, found), *problems, *missing(lacking)):
                 log.info("\n%s", text)
             log.info("\nserves      %s", ", ".join(serves) or "nothing")
         if not serves and (len(job.datasets) == 1 or there):
-            useless[name] = problems or [*lacking.values()]
+            useless[name] = problems or missing(lacking)
     if len(job.datasets) > 1:
         log.info("\n%s", columns(rows))
     elif settings.run.show:
@@ -85,9 +85,16 @@ def splits(dataset: Dataset) -> tuple[dict[str, Look], dict[str, str]]:
         try:
             found[split] = inspect(dataset, split)
         except NecoError as error:
-            wanted = split in ("train", "val")
-            lacking[split] = f"{split}: {error if wanted else first(str(error))}"
+            lacking[split] = str(error) if split in ("train", "val") else first(str(error))
     return found, lacking
+
+
+def missing(lacking: dict[str, str]) -> list[str]:
+    """What is wrong with the splits that cannot be listed, each thing once."""
+    splits: dict[str, list[str]] = {}
+    for split, why in lacking.items():
+        splits.setdefault(why, []).append(split)
+    return [f"{', '.join(names)}: {why}" for why, names in splits.items()]
 
 
 def first(text: str) -> str:
@@ -97,15 +104,21 @@ def first(text: str) -> str:
 
 def verdict(dataset: Dataset, found: dict[str, Look]) -> tuple[list[str], list[str]]:
     """What the data set serves, and what was seen to be wrong."""
-    serves, problems = [], []
+    serves, problems, misread = [], [], set()
     for split, look in found.items():
         if look.bad:
             shown = "\n  ".join([*look.bad.values()][:5])
             problems.append(f"{split}: {len(look.bad)} of {look.looked} images looked at cannot be used\n  {shown}")
+        look.flat.warn(split)
+        try:
+            check_classes(dataset, split, look)
+        except NecoError as error:
+            problems.append(str(error))
+            misread.add(split)
     limit = dataset.bad_limits(dataset.samples("train"))[""] if "train" in found else (0, 0)
     if (train := found.get("train")) and train.images and chance(len(train.bad), train.looked, *limit) >= CHANCE:
         serves.append("training")
-    if (val := found.get("val")) and dataset.classes and val.masks == val.images > 0 and not val.bad:
+    if (val := found.get("val")) and dataset.classes and val.masks == val.images > 0 and not val.bad and not misread:
         serves.append("evaluation")
     return serves, problems
 

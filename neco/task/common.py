@@ -14,7 +14,7 @@ import torch
 from neco import devices, files, processes
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset
-from neco.dataset.inspect import inspect
+from neco.dataset.inspect import check_classes, inspect
 from neco.errors import NecoError
 from neco.eval.base import size_name
 from neco.model import last_checkpoint, trained_model
@@ -156,6 +156,9 @@ def check_evaluations(settings: Settings, dataset: Dataset, network: Backbone) -
             call(Attention, f"eval.{name}", backbone=network)
     for split in ("train", "val"):
         if dataset.listed(split):
-            for why in inspect(dataset, split, looks=8, seconds=2).bad.values():
+            look = inspect(dataset, split, looks=8, seconds=2)
+            for why in look.bad.values():
                 raise NecoError(f"{split} of the data set to evaluate on: {why}")
+            look.flat.warn(split)
+            call(check_classes, node, dataset=dataset, split=split, look=look)
     return ", ".join(f"{name} ({size_name(size)} pixels)" for name, size in sizes.items())

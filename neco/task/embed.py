@@ -24,7 +24,8 @@ from torch.utils import data
 
 from neco import files, interrupt, results
 from neco.config import Settings, build, call
-from neco.dataset.base import Dataset, Sample, read_image, stored_size
+from neco.dataset.base import Dataset, Sample, read_image
+from neco.dataset.decode import stored_size
 from neco.dataset.digests import DigestStore, Ref, joined, noting, states_of
 from neco.dataset.file_state import State, is_telling
 from neco.dataset.inspect import places
@@ -127,7 +128,7 @@ class Images(data.Dataset):
         read: list[Read] = []
         try:
             with noting(lambda ref, state, digest: read.append((state, digest.hex()))):
-                image = Image.fromarray(read_image(self.samples[index].image))
+                image = Image.fromarray(read_image(self.samples[index]))
         except NecoError as error:
             return str(error)
         tall, wide = self.size or native(*image.size, self.patch, self.limit)
@@ -291,7 +292,8 @@ def _holds(refs: Sequence[Ref], held: dict[str, Any]) -> bool:
 
 
 def _asked(options: Embed, size: Any, backbone: Any, digest: str, samples: Sequence[Sample]) -> dict[str, str]:
-    names = hashlib.sha256(repr([sample.key for sample in samples]).encode(errors="surrogateescape"))
+    about = [(sample.key, sample.range) if sample.range else sample.key for sample in samples]
+    names = hashlib.sha256(repr(about).encode(errors="surrogateescape"))
     values = options.split, size or options.limit, options.pool, options.dtype
     return {"weights": digest, "model": repr(backbone.spec), "values": repr(values), "images": names.hexdigest()[:12]}
 

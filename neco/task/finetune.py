@@ -11,7 +11,7 @@ from neco.augment.joint import JointCrop
 from neco.commands import format_command, key_of, override, select
 from neco.config import Settings, call
 from neco.dataset.base import IGNORE, Dataset, Sample
-from neco.dataset.inspect import inspect
+from neco.dataset.inspect import check_classes, inspect
 from neco.errors import NecoError
 from neco.eval.base import labelled, part_of_train
 from neco.eval.sliding import SlidingWindows
@@ -97,8 +97,7 @@ def prepare(settings: Settings) -> Job:
         if split == "val":
             for why in seen.bad.values():
                 raise NecoError(f"dataset: val: {why}")
-        if seen.sizes and not seen.pixels[:-1].any():
-            raise NecoError(f"dataset: {split}: all pixels of {len(seen.sizes)} masks looked at are ignored (255)")
+        call(check_classes, "dataset", dataset=dataset, split=split, look=seen)
     crops = JointCrop(crop, side=side, scale=options.scale, flip=options.flip, jitter=options.jitter, ignore=IGNORE)
     plan = Plan(sum(seen for _, seen in shares), options)
     how = [options.decoder, f"steps={plan.steps}", f"batch={options.images}", f"lr={settings.spine['optim'].lr:g}"]

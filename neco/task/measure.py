@@ -103,6 +103,8 @@ def measure(
                     log.info("%s of the %s: %s", name, network, numbers)
                 elif same:
                     log.info("%s of the %s: the same weights as the %s", name, network, record["network"])
+                for warning in record.get("warnings", []):
+                    log.warning("%s: %s", name, warning)
                 about = {**origins[network], "fraction": share(_node(settings).get("fraction") or 1.0)}
                 if dataset.counts.get("val", 0) != len(dataset.samples("val")):
                     about["state"] = ""  # a part of the images
@@ -192,6 +194,8 @@ def _run(
         "details": result.details,
         **cost,
     }
+    if warning := absent_classes(result, dataset.classes):
+        record["warnings"] = [warning]
     if result.heads:
         files = {head: f"heads/{name}-{head}.safetensors" for head in result.heads}
         record["saved"] = files
@@ -202,6 +206,16 @@ def _run(
         if store.writes:
             record["pictures"] = gallery.save(result.pictures, store.path.parent, name)
     return record
+
+
+def absent_classes(result: Result, classes: Sequence[str]) -> str | None:
+    """What to warn of where the ground truth does not hold all classes."""
+    details = (detail for detail in result.details.values() if isinstance(detail, Mapping))
+    names: list[str] = next((detail["absent"] for detail in details if detail.get("absent")), [])
+    left = [name for name in classes if name not in names]
+    if len(left) == 1:
+        return f"every labelled pixel of val is {left[0]}: the number says nothing of {', '.join(names)}"
+    return f"{len(names)} of {len(classes)} classes occur in no mask of val: {', '.join(names)}" if names else None
 
 
 def _show(

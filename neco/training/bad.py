@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 
 from neco import devices, files
 from neco.dataset.base import Dataset, Sample, read_image
-from neco.dataset.inspect import places, read_pair
+from neco.dataset.inspect import FlatImages, places, read_pair
 from neco.errors import NecoError
 from neco.training.data import OTHERS
 
@@ -28,12 +28,14 @@ LOOKS, SECONDS = 48, 5.0  # images read of each part of the data, and how long t
 CHANCE = 1e-6  # that a data set within its limit is refused at the look
 
 
-def reason(sample: Sample, labelled: Dataset | None = None) -> str | None:
-    """Why an image (of a labelled set: or its mask) cannot be read; None where it can."""
+def reason(sample: Sample, labelled: Dataset | None = None, flat: FlatImages | None = None) -> str | None:
+    """Why an image (of a labelled set: or its mask) cannot be read; None where it can, and `flat` looks at it."""
     try:
-        read_pair(labelled, sample) if labelled else read_image(sample.image)
+        image = read_pair(labelled, sample)[0] if labelled else read_image(sample)
     except NecoError as error:
         return str(error)
+    if flat:
+        flat.note(sample, image)
     return None
 
 
@@ -46,14 +48,16 @@ def look(samples: Sequence[Sample], limits: Limits, labelled: Dataset | None = N
         end = time.monotonic() + SECONDS
         own = [sample for sample in samples if sample.key.startswith(prefix)]
         bad: dict[str, str] = {}
+        flat = FlatImages()
         for looked, place in enumerate(places(len(own), LOOKS), 1):
-            if why := reason(own[place], labelled):
+            if why := reason(own[place], labelled, flat):
                 bad[own[place].key] = why
                 if chance(len(bad), looked, allowed, images) < CHANCE:
                     counted = f"{len(bad)} of {looked} images looked at"
                     raise too_many(counted, prefix, allowed, images, f"The first: {next(iter(bad.values()))}.")
             if time.monotonic() > end:
                 break
+        flat.warn(prefix.rstrip("/") or "the data")
 
 
 def chance(bad: int, looked: int, allowed: int, images: int) -> float:

@@ -125,7 +125,7 @@ class MultiView(Drawn):
         self.views, self.plain = views, plain
 
     def draw(self, sample: Sample, rng: np.random.Generator, batch: int) -> dict[str, Any]:
-        image = read_image(sample.image)
+        image = read_image(sample)
         params = self.views.sample(rng, *image.shape[:2])
         views = self.views.scaled(batch_scale(self.seed, batch, self.views.multi_scale))
         global_views, local_views = views.apply(image, params.plain() if self.plain else params)

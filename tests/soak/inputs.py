@@ -30,7 +30,8 @@ from PIL import Image
 from neco.augment.joint import JointCrop
 from neco.augment.views import Views, view_rng
 from neco.dataset import archive, coco, file_state
-from neco.dataset.base import Dataset, Sample, read_image, read_label, stored_size
+from neco.dataset.base import Dataset, Sample, read_image, read_label
+from neco.dataset.decode import stored_size
 from neco.dataset.folder import Folder
 from neco.dataset.imagenet import ImageNet100
 from neco.dataset.voc import VOC
