@@ -3,10 +3,15 @@
 A node with a `_target_` is checked against the signature of that class, a node of the spine against the dataclass of
 its name in `neco.schema`: the constructor is the schema. `validate` builds everything that needs no data, so that what
 would fail after hours fails in the first second.
+
+Only `build` makes objects, and only of classes that an option file of the group names. Nodes come from files of
+others, too (checkpoints, exports): to import a module or to call a function that these name would run their code.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import logging
@@ -16,11 +21,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 from neco import files
 from neco.errors import NecoError
 from neco.schema import SPINE, Run
+from neco.values import Components
+from neco.yaml_file import load_yaml
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +33,7 @@ log = logging.getLogger(__name__)
 LEAVES = ("model", "augment", "dataset", "val_dataset", "loss", "head", "extract")
 LISTS = ("eval", "logger")
 RULES: Any = {"arbitrary_types_allowed": True, "allow_inf_nan": False}
+MAX_DEPTH, MAX_VALUES = 16, 100_000  # of a value: what comes from a file may hold itself, or stand for 10^9 values
 
 
 def folder() -> Path:
@@ -93,8 +99,26 @@ def lineage(group: str, name: str) -> list[str]:
     """The option and, after it, those of its group that it is based on."""
     if not any((base / group / f"{name}.yaml").is_file() for base in (folder(), *user_folders())):
         return []
-    bases = (yaml.safe_load(find(group, name).read_text()) or {}).get("defaults", [])
+    bases = load_yaml(find(group, name)).get("defaults") or []
     return [name, *(each for base in bases if isinstance(base, str) for each in lineage(group, base.split("@")[0]))]
+
+
+@functools.cache
+def project_targets(group: str) -> frozenset[str]:
+    """Return the `_target_`s of a group in conf/; for `extract` and `head`, which are no groups, the only one."""
+    nodes = [load_yaml(path) for path in folder().glob(f"{group}/*.yaml")]
+    if not nodes:
+        nodes = [load_yaml(path).get(group) or {} for path in (folder() / "config.yaml", *folder().glob("task/*.yaml"))]
+    return frozenset(node["_target_"] for node in nodes if "_target_" in node)
+
+
+def user_targets(group: str) -> set[str]:
+    """Return the `_target_`s of the options that users have of their own. What else lies there counts for nothing."""
+    found: set[Any] = set()
+    for path in (path for base in user_folders() for path in base.glob(f"{group}/**/*.yaml")):
+        with contextlib.suppress(NecoError):
+            found.add(str(load_yaml(path).get("_target_", "")))
+    return found - {""}
 
 
 def nearest(wrong: str, valid: Sequence[str]) -> str:
@@ -105,12 +129,54 @@ def nearest(wrong: str, valid: Sequence[str]) -> str:
 
 
 def locate(target: str) -> Any:
-    """The class or function that a `_target_` names."""
+    """Import the class or function that a `_target_` names."""
     module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise NecoError(f"_target_: {target} cannot be imported ({error})") from error
+    if not callable(found):
+        raise NecoError(f"_target_: {target} is no class but a {type(found).__name__}")
+    return found
+
+
+def component_class(node: Any, where: str, group: str = "") -> Any:
+    """Return the class that a node is to be built of, imported after it is known that an option of its group names it.
+
+    Raises NecoError for a node without `_target_` and for any other `_target_`. `group`: where `where` does not say it.
+    """
+    name = group or re.split(r"\W", where)[0]
+    group = {"val_dataset": "dataset"}.get(name, name)
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        option = where.replace("val_dataset", "dataset@val_dataset")
+        raise NecoError(f"{where}={node!r:.100}: an option of the group is wanted; choose one with {option}=NAME")
+    target, known = node["_target_"], project_targets(group)
+    if not isinstance(target, str) or (target not in known and target not in user_targets(group)):
+        own = (
+            f"; a class of your own needs an option file that names it, {group}/NAME.yaml" if group in groups() else ""
+        )
+        near = nearest(target, sorted(known)) if isinstance(target, str) else ""
+        near = near if "did you mean" in near else f"; there is: {', '.join(sorted(known))}"
+        raise NecoError(f"{where}._target_={target!r:.100}: no option of {group} names this class{near}{own}")
+    return locate(target)
+
+
+def refuse_components(value: Any, where: str) -> None:
+    """Raise NecoError where a value holds a component at any depth, or is too deep or too large to be a value."""
+    pending, count = [(where, value, 0)], 0
+    while pending:
+        place, part, depth = pending.pop()
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_VALUES:
+            raise NecoError(f"{where}: is nested too deep, or holds too much, for a value of the configuration")
+        if isinstance(part, Mapping):
+            if "_target_" in part:
+                raise NecoError(
+                    f"{place}._target_={part['_target_']!r:.100}: a value holds data only; nothing is built there"
+                )
+            pending += [(f"{place}.{key}"[:200], below, depth + 1) for key, below in part.items()]
+        elif isinstance(part, list | tuple | set | frozenset):
+            pending += [(place, below, depth + 1) for below in part]
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter, Any]]:
@@ -131,57 +197,75 @@ def parameters(target: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter,
 def check(
     target: Callable[..., Any], values: Mapping[str, Any], where: str, runtime: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """`values` converted to the annotations of `target`; unknown, missing and mistyped ones are errors that say so."""
-    from pydantic import TypeAdapter, ValidationError
+    """`values` converted to the annotations of `target`; unknown, missing and mistyped ones are errors that say so.
 
+    A parameter annotated with `Components` takes nodes, which are built when all other values are known to be right.
+    """
     known = {name: found for name, found in parameters(target).items() if name not in runtime}
     values = {name: value for name, value in values.items() if value != "???"}  # YAML's way of asking for one
     prefix = f"{where}." if where else ""
     for name in values:
         if name not in known:
-            raise NecoError(f"{prefix}{name}: no such key{nearest(name, list(known))}")
+            raise NecoError(f"{prefix}{name}: no such key{nearest(str(name), list(known))}")
     for name, (parameter, _) in known.items():
         if parameter.default is parameter.empty and name not in values:
             raise NecoError(f"{prefix}{name}: needs a value")
-    checked = {}
+    kinds = {name: _components(known[name][1]) for name in values}
     for name, value in values.items():
-        hint = known[name][1]
-        try:
-            if isinstance(value, bool) and "bool" not in str(hint) and hint is not Any:
-                raise ValueError("a number or text is wanted, not true/false")
-            checked[name] = TypeAdapter(hint, config=RULES).validate_python(value)
-        except ValidationError as error:
-            reasons = dict.fromkeys(detail["msg"] for detail in error.errors())
-            raise NecoError(f"{prefix}{name}={value!r}: {'; or '.join(reasons).lower()}") from error
-        except ValueError as error:
-            raise NecoError(f"{prefix}{name}={value!r}: {error}") from error
-    return checked
+        if not kinds[name]:
+            refuse_components(value, f"{prefix}{name}")
+    checked = {}
+    for name in sorted(values, key=lambda name: kinds[name] is not None):
+        value, group = values[name], kinds[name]
+        if group and isinstance(value, Mapping):
+            value = {key: build(node, f"{prefix}{name}.{key}", group) for key, node in value.items()}
+        checked[name] = _convert(value, known[name][1], f"{prefix}{name}")
+    return {name: checked[name] for name in values}
 
 
-def build(node: Mapping[str, Any] | None, where: str, **runtime: Any) -> Any:
-    """The object that a node with a `_target_` describes; `runtime` are arguments that never come from YAML."""
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        group = where.replace("val_dataset", "dataset@val_dataset")
-        raise NecoError(f"{where}={node!r}: an option of the group is wanted; choose one with {group}=NAME")
-    target = locate(node["_target_"])
-    values = {k: _objects(v, f"{where}.{k}") for k, v in node.items() if k != "_target_"}
-    values = check(target, values, where, tuple(runtime))
+def _components(hint: Any) -> str | None:
+    """The group of the components that a parameter declares by its annotation."""
+    return next((mark.group for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Components)), None)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        if isinstance(value, bool) and "bool" not in str(hint) and hint is not Any:
+            raise ValueError("a number or text is wanted, not true/false")
+        return TypeAdapter(hint, config=RULES).validate_python(value)
+    except ValidationError as error:
+        reasons = dict.fromkeys(detail["msg"] for detail in error.errors())
+        raise NecoError(f"{where}={value!r:.200}: {'; or '.join(reasons).lower()}") from error
+    except ValueError as error:
+        raise NecoError(f"{where}={value!r:.200}: {error}") from error
+
+
+def examine(
+    node: Any, where: str, group: str = "", runtime: Sequence[str] = ()
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the class of a node and its checked values. Raises NecoError for whatever `build` would refuse."""
+    target = component_class(node, where, group)
+    return target, check(target, {key: value for key, value in node.items() if key != "_target_"}, where, runtime)
+
+
+def build(node: Any, where: str, group: str = "", /, **runtime: Any) -> Any:
+    """The object that a node with a `_target_` describes; `runtime` are arguments that never come from YAML.
+
+    `group` is the one whose options may name its class, where `where` does not begin with it.
+    """
+    target, values = examine(node, where, group, tuple(runtime))
     return call(target, where, **values, **runtime)
-
-
-def _objects(value: Any, where: str) -> Any:
-    """A mapping of nodes becomes the mapping of their objects, any other value stays."""
-    nodes = value.values() if isinstance(value, Mapping) else ()
-    if not nodes or not all(isinstance(node, Mapping) and "_target_" in node for node in nodes):
-        return value
-    return {name: build(node, f"{where}.{name}") for name, node in value.items()}
 
 
 def option(group: str, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The node of an option as Hydra composes it, `${keys}` taken from the whole (resolved) configuration."""
     from omegaconf import OmegaConf
 
-    whole = OmegaConf.create({**config, group: OmegaConf.load(find(group, name))})
+    path = find(group, name)
+    load_yaml(path)  # says what is wrong with it; OmegaConf has other rules for numbers
+    whole = OmegaConf.create({**config, group: OmegaConf.load(path)})
     node: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)[group]  # type: ignore[index, call-overload, assignment]
     for base in node.pop("defaults", []):
         node = {**(option(group, base, config) if base != "_self_" else {}), **node}
@@ -205,7 +289,7 @@ def mixed(node: Mapping[str, Any], where: str, config: Mapping[str, Any]) -> dic
     return {**node, "parts": parts}
 
 
-def call(target: Callable[..., Any], where: str, **values: Any) -> Any:
+def call(target: Callable[..., Any], where: str, /, **values: Any) -> Any:
     """`target(**values)`, its complaints prefixed by the place in the configuration."""
     try:
         return target(**values)
@@ -278,8 +362,10 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
             spine[name] = call(schema, name, **check(schema, config[name], name))
     # A preset may hold values for evaluations and loggers that were not chosen: those arrive without a _target_.
     for name in LISTS:
-        group = {key: node for key, node in (config.get(name) or {}).items() if "_target_" in (node or {})}
-        config[name] = group
+        nodes = config.get(name) or {}
+        if not isinstance(nodes, Mapping):
+            raise NecoError(f"{name}={nodes!r:.100}: its options are wanted: {name}=[NAME,...]")
+        config[name] = {k: node for k, node in nodes.items() if not isinstance(node, Mapping) or "_target_" in node}
     for name in ("dataset", "val_dataset"):
         if isinstance(config.get(name), Mapping) and "parts" in config[name]:
             config[name] = mixed(config[name], name, config)
@@ -302,10 +388,11 @@ def preset_for_another(config: Mapping[str, Any], choices: Mapping[str, Any], ov
     node = config.get("loss")
     if not choices.get("experiment") or not isinstance(node, Mapping) or "_target_" not in node:
         return []
-    known, preset = {"_target_", *parameters(locate(node["_target_"]))}, f"experiment/{choices['experiment']}.yaml"
+    known = {"_target_", *parameters(component_class(node, "loss"))}
+    preset = f"experiment/{choices['experiment']}.yaml"
     said = [override for override in overrides if not override.startswith("loss=")]  # the choice sets no key
     found = [key for key in node if key not in known and origin(f"loss.{key}", said, choices).endswith(preset)]
-    losses = [locate(option("loss", name, config)["_target_"]) for name in options("loss")] if found else []
+    losses = [locate(target) for target in project_targets("loss")] if found else []
     return [key for key in found if any(key in parameters(loss) for loss in losses)]
 
 
@@ -383,6 +470,7 @@ def origin(key: str, overrides: Sequence[str], choices: Mapping[str, Any]) -> st
             relative = key if not package else key.removeprefix(f"{package}.")
             if not path.is_file() or (package and relative == key):
                 continue
-            if relative in flatten(yaml.safe_load(path.read_text())):
-                return f"conf/{place}.yaml" if base == folder() else str(path)
+            with contextlib.suppress(NecoError):  # of another, with the name of the one that was read
+                if relative in flatten(load_yaml(path)):
+                    return f"conf/{place}.yaml" if base == folder() else str(path)
     return ""

@@ -1,10 +1,18 @@
 """Types of configuration values (checked by pydantic, see `neco.config.validate`) and the pixel statistics."""
 
+import dataclasses
 import fractions
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, Predicate
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """Marks a parameter, by `Annotated`, that takes a mapping of components: nodes of this group by any name."""
+
+    group: str
 
 
 def share(value: float | str) -> float:

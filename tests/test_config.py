@@ -26,8 +26,17 @@ class Target:
 NODE = {"_target_": f"{__name__}.Target"}
 
 
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A working folder whose options name the classes of this file."""
+    (tmp_path / "eval").mkdir()
+    for name in ("Target", "Child"):
+        (tmp_path / f"eval/{name}.yaml").write_text(f"_target_: {__name__}.{name}\n")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("k", [3, [3, 4], None])
-def test_build_accepts_number_list_and_null(k):
+def test_build_accepts_number_list_and_null(own, k):
     assert config.build({**NODE, "k": k}, "eval.x").values == (1.0, k, 1)
 
 
@@ -42,7 +51,7 @@ def test_build_accepts_number_list_and_null(k):
         ({"k": "many"}, ["eval.x.k='many'"]),
     ],
 )
-def test_build_names_what_is_wrong(values, words):
+def test_build_names_what_is_wrong(own, values, words):
     with pytest.raises(NecoError) as error:
         config.build({**NODE, **values}, "eval.x")
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -58,13 +67,13 @@ class Closed(Child):
         super().__init__(name="closed")
 
 
-def test_keywords_of_a_constructor_are_those_of_its_base_class():
+def test_keywords_of_a_constructor_are_those_of_its_base_class(own):
     assert list(config.parameters(Child)) == ["name", "steepness", "k", "width"]
     assert list(config.parameters(Closed)) == ["depth"]
-    assert config.build({"_target_": f"{__name__}.Child", "name": "x", "width": 3}, "x").values == (1.0, None, 3)
+    assert config.build({"_target_": f"{__name__}.Child", "name": "x", "width": 3}, "eval.x").values == (1.0, None, 3)
     for values, words in (({"widht": 3}, "did you mean 'width'"), ({"width": 0}, "greater than or equal to 1")):
         with pytest.raises(NecoError, match=words):
-            config.build({"_target_": f"{__name__}.Child", "name": "x", **values}, "x")
+            config.build({"_target_": f"{__name__}.Child", "name": "x", **values}, "eval.x")
 
 
 def test_missing_required_key():

@@ -207,7 +207,17 @@ def no_exit(monkeypatch):
     monkeypatch.setattr(guard, "all_of_them", [])
 
 
-def test_broken_and_hanging_trackers_change_nothing(train, monkeypatch, caplog, no_exit) -> None:
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A working folder with trackers of the user's own, those of this file."""
+    (tmp_path / "logger").mkdir()
+    for name in ("Raises", "Sleeps"):
+        text = f"# @package logger.{name.lower()}\n_target_: test_logger.{name}\n"
+        (tmp_path / f"logger/{name.lower()}.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_broken_and_hanging_trackers_change_nothing(own, train, monkeypatch, caplog, no_exit) -> None:
     monkeypatch.setattr(guard, "WAITING", 3)
     began = time.monotonic()
     plain, plain_took = train("train.steps=8", folder="plain"), time.monotonic() - began
@@ -225,13 +235,13 @@ def test_broken_and_hanging_trackers_change_nothing(train, monkeypatch, caplog, 
 
 
 @pytest.mark.slow
-def test_a_failed_program_ends_beside_a_hanging_tracker(neco) -> None:
-    fails = ["optim.lr=1e9", "optim.head_lr=1e9", "train.steps=99", "+logger.s._target_=test_logger.Sleeps"]
+def test_a_failed_program_ends_beside_a_hanging_tracker(own, neco) -> None:
+    fails = ["optim.lr=1e9", "optim.head_lr=1e9", "train.steps=99", "logger=[csv,sleeps]"]
     began = time.monotonic()
     done = neco(*SMALL[:-1], *fails, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     assert time.monotonic() - began < 100
     assert done.returncode == 2 and "not a finite number" in done.stderr, done.stderr
-    assert "it had 0.2 s after the end (logger.s.wait)" in done.stderr
+    assert "it had 0.2 s after the end (logger.sleeps.wait)" in done.stderr
 
 
 def test_one_that_is_slow_gets_its_time_unless_stopped_twice(monkeypatch, no_exit) -> None:

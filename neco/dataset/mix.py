@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
+from neco.values import Components
 
 
 class Mix(Dataset):
@@ -22,7 +23,9 @@ class Mix(Dataset):
         NecoError: no parts, or a name that would make keys ambiguous.
     """
 
-    def __init__(self, *, parts: dict[str, Dataset] | None = None, **common: Any) -> None:
+    def __init__(
+        self, *, parts: Annotated[dict[str, Dataset] | None, Components("dataset")] = None, **common: Any
+    ) -> None:
         super().__init__(**common)
         if not parts:
             raise NecoError("parts: none is given; name options of conf/dataset and weights: parts={coco:1,folder:0.5}")

@@ -31,10 +31,19 @@ def last_checkpoint(source: str) -> str:
     return source
 
 
-def trained_model(source: str | None, trust_pickle: bool = False) -> dict[str, Any] | None:
+def trained_model(
+    source: str | None, trust_pickle: bool = False, *, chosen: str | None = None
+) -> dict[str, Any] | None:
     """The `model` node that one of our own checkpoints or exported files holds; None for any other source.
 
-    Raises NecoError for a node that is none, or that would call anything but Backbone, unless the file is trusted.
+    Its values are as the file has them: `neco.config.build` checks them.
+
+    Args:
+        trust_pickle: the file may name the class of an option that users have of their own, too.
+        chosen: another class that it may name, because the user has chosen it.
+
+    Raises:
+        NecoError: the file holds no such node, or one that names another class or holds components.
     """
     if source is None or not (path := Path(source).expanduser()).is_file():
         return None
@@ -48,11 +57,16 @@ def trained_model(source: str | None, trust_pickle: bool = False) -> dict[str, A
             raise NecoError(f"{source} is no checkpoint of a run: it says of itself {held!r:.60}") from error
     if node is None:
         return None
-    target = node.get("_target_") if isinstance(node, dict) else node
-    if target != f"{Backbone.__module__}.{Backbone.__name__}" and not trust_pickle:
+    if not isinstance(node, dict):
+        raise NecoError(f"{source} is no checkpoint or export: instead of its network it holds a {type(node).__name__}")
+    target = node.get("_target_")
+    values = {key: value for key, value in node.items() if key != "_target_"}
+    config.call(config.refuse_components, source, value=values, where="model")
+    known = {*config.project_targets("model"), *(config.user_targets("model") if trust_pickle else ()), chosen}
+    if not isinstance(target, str) or target not in known:
         raise NecoError(
-            f"{source} says that its network is made by {target!r:.60}, which could be any code. If you trust where "
-            "the file comes from: trust_pickle=true"
+            f"{source} says that its network is made by {target!r:.60}, which no option of conf/model names. If it is "
+            "a network of your own: choose its option, model=NAME"
         )
     return node
 

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from neco import devices, files, processes
-from neco.config import Settings, build, call
+from neco.config import Settings, build, call, examine
 from neco.dataset.base import Dataset
 from neco.dataset.inspect import check_classes, inspect
 from neco.errors import NecoError
@@ -114,11 +114,15 @@ def model_of(settings: Settings, source: str | None) -> dict[str, Any]:
     """
     given, known = settings.config["model"], source not in (None, "none")
     named = any(re.match(r"[+~]*(model|experiment|sweep)[=@]", override) for override in settings.overrides)
-    held = trained_model(source, settings.run.trust_pickle) if known else None
+    if named:
+        examine(given, "model")
+    chosen = given["_target_"] if named else None
+    held = trained_model(source, settings.run.trust_pickle, chosen=chosen) if known else None
     if held and not named:
         for override in settings.overrides:
             if found := re.match(r"[+~]*model\.([\w.]+)", override):
                 _copy(given, held, *found[1].split("."))
+        call(examine, f"checkpoint={source}", node=held, where="model")
         return held
     if held and (differ := [key for key in {**given, **held} if key not in APART and given.get(key) != held.get(key)]):
         told = ", ".join(f"{key}={given.get(key)} (there {held.get(key)})" for key in differ)
@@ -131,7 +135,7 @@ def model_of(settings: Settings, source: str | None) -> dict[str, Any]:
 def _copy(source: Mapping[str, Any], target: dict[str, Any], key: str, *more: str) -> None:
     """The value at a path of keys."""
     if more:
-        target[key] = dict(target.get(key) or {})
+        target[key] = dict(below) if isinstance(below := target.get(key), Mapping) else {}
         _copy(source.get(key) or {}, target[key], *more)
     else:
         target[key] = source.get(key)
