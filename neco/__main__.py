@@ -16,6 +16,8 @@ from typing import Any
 
 from neco import config, files, interrupt, processes, startup
 from neco.errors import NecoError
+from neco.user_options import check_option_file, check_override, is_option_file, machine_files
+from neco.yaml_file import load_yaml
 
 USAGE = """neco: dense post-training of vision transformers, and what it does to their features
 
@@ -35,12 +37,20 @@ def usage() -> str:
     lines = [USAGE + "groups"]
     for group in ("task", "model", "dataset", "eval", "loss", "augment", "logger", "experiment", "sweep", *HYDRA):
         for index, name in enumerate(config.options(group)):
-            text = config.find(group, name).read_text()
-            comments = (line[2:] for line in text.splitlines() if line.startswith("# "))
-            about = next((line for line in comments if not line.startswith("@package")), "")
-            lines.append(f"  {group if not index else '':<14} {name:<20} {about}".rstrip())
+            lines.append(f"  {group if not index else '':<14} {name:<20} {first_comment(group, name)}".rstrip())
     lines.append("\nkeys: python -m neco task=train --cfg job      errors with a traceback: debug=true")
     return "\n".join(lines)
+
+
+def first_comment(group: str, name: str) -> str:
+    """What the file of an option says of it in its first comment, or why it cannot be read."""
+    try:
+        path = config.find(group, name)
+        load_yaml(path)
+        comments = (line[2:] for line in path.read_text("utf-8-sig").splitlines() if line.startswith("# "))
+        return next((line for line in comments if not line.startswith("@package")), "")
+    except (NecoError, OSError) as error:
+        return f"cannot be used: {error}"
 
 
 HYDRA = ("hydra/launcher", "hydra/sweeper")
@@ -133,6 +143,8 @@ def run(cfg: Any) -> Any:
 
     if not devices.leader():
         logging.getLogger("neco").setLevel(logging.WARNING)
+    for path in machine_files(chosen.choices):
+        logging.getLogger(__name__).info("settings    read from %s", path)
     try:
         with interrupt.uncovered(), devices.fast_attention():
             return task.main(chosen, prepared, output)
@@ -230,11 +242,13 @@ def extend_hydra() -> None:
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
+    from hydra.plugins.config_source import ConfigResult
     from hydra.plugins.search_path_plugin import SearchPathPlugin
+    from omegaconf import OmegaConf
 
     from neco import launch, search
 
-    groups = config.groups()
+    groups = config.groups() - {"hydra"}  # whose options Hydra builds itself
 
     class Options(FileConfigSource):
         """Of a user's folder only the groups: a folder called `weights` does not make `weights` a choice of files."""
@@ -244,8 +258,28 @@ def extend_hydra() -> None:
             return "options"
 
         def is_group(self, config_path: str) -> bool:
-            known = not config_path or config_path.split("/")[0] in groups
-            return known and super().is_group(config_path)
+            return (not config_path or is_option(config_path)) and super().is_group(config_path)
+
+        def is_config(self, config_path: str) -> bool:
+            return is_option(config_path) and is_option_file(self.file(config_path))
+
+        def load_config(self, config_path: str) -> ConfigResult:
+            path = self.file(config_path)
+            load_yaml(path)
+            try:
+                header = self._get_header_dict(path.read_text("utf-8-sig"))
+            except ValueError as error:  # of Hydra
+                raise NecoError(f"{path}: its first lines: {error}") from error
+            check_option_file(path, config_path.split("/")[0], header["package"])
+            found = OmegaConf.load(path) or OmegaConf.create()
+            return ConfigResult(provider=self.provider, path=self.full_path(), config=found, header=header)
+
+        def file(self, config_path: str) -> Path:
+            return Path(self.path, self._normalize_file_name(config_path))
+
+    def is_option(config_path: str) -> bool:
+        group, *names = config_path.split("/")
+        return group in groups and ".." not in names
 
     class UserFolders(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -290,6 +324,8 @@ def main() -> None:
     sweep.unwritten.clear()
     debug = "debug=true" in arguments or bool(os.environ.get("NECO_DEBUG"))
     try:
+        for argument in arguments:
+            check_override(argument)
         processes.adopt()
         if processes.here.started_by == "neco" and processes.here.rank:
             interrupt.with_parent()

@@ -171,10 +171,9 @@ def refuse_components(value: Any, where: str) -> None:
             raise NecoError(f"{where}: is nested too deep, or holds too much, for a value of the configuration")
         if isinstance(part, Mapping):
             if "_target_" in part:
-                raise NecoError(
-                    f"{place}._target_={part['_target_']!r:.100}: a value holds data only; nothing is built there"
-                )
-            pending += [(f"{place}.{key}"[:200], below, depth + 1) for key, below in part.items()]
+                place = f"{place}._target_".lstrip(".")
+                raise NecoError(f"{place}={part['_target_']!r:.100}: a value holds data only; nothing is built there")
+            pending += [(f"{place}.{key}".lstrip(".")[:200], below, depth + 1) for key, below in part.items()]
         elif isinstance(part, list | tuple | set | frozenset):
             pending += [(place, below, depth + 1) for below in part]
 
@@ -344,8 +343,6 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
     top = {field.name for field in dataclasses.fields(Run)}
     known = top | SPINE.keys() | set(LEAVES) | set(LISTS)
     for name in config:
-        if name == "machine":
-            raise NecoError("machine/default.yaml: its first line has to be '# @package _global_'")
         if name not in known:
             raise NecoError(f"{name}: no such key{nearest(str(name), sorted(known))}")
     if (recipe := choices.get("experiment")) and "train" in config and choices.get("task") != "train":
@@ -354,6 +351,8 @@ def validate(config: dict[str, Any], choices: Mapping[str, Any], overrides: Sequ
             "model=... and dataset=..."
         )
     run = Run(**check(Run, {name: config[name] for name in config if name in top}, ""))
+    if run.trust_pickle and not any(re.match(r"\+*trust_pickle=", override) for override in overrides):
+        raise NecoError("trust_pickle=True: say it on the command line; no file can say whom you trust")
     spine = Spine()
     for name, schema in SPINE.items():
         if name in config:
