@@ -161,21 +161,29 @@ def component_class(node: Any, where: str, group: str = "") -> Any:
     return locate(target)
 
 
-def refuse_components(value: Any, where: str) -> None:
-    """Raise NecoError where a value holds a component at any depth, or is too deep or too large to be a value."""
+def walk_values(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value of nested mappings and lists with its place. Raises NecoError beyond MAX_DEPTH or MAX_VALUES."""
     pending, count = [(where, value, 0)], 0
     while pending:
         place, part, depth = pending.pop()
         count += 1
         if depth > MAX_DEPTH or count > MAX_VALUES:
-            raise NecoError(f"{where}: is nested too deep, or holds too much, for a value of the configuration")
+            raise NecoError(
+                f"{where}: is nested too deep, or holds too much, for a value of the configuration".lstrip(": ")
+            )
+        yield place, part
         if isinstance(part, Mapping):
-            if "_target_" in part:
-                place = f"{place}._target_".lstrip(".")
-                raise NecoError(f"{place}={part['_target_']!r:.100}: a value holds data only; nothing is built there")
             pending += [(f"{place}.{key}".lstrip(".")[:200], below, depth + 1) for key, below in part.items()]
         elif isinstance(part, list | tuple | set | frozenset):
             pending += [(place, below, depth + 1) for below in part]
+
+
+def refuse_components(value: Any, where: str) -> None:
+    """Raise NecoError where a value holds a component at any depth."""
+    for place, part in walk_values(value, where):
+        if isinstance(part, Mapping) and "_target_" in part:
+            place = f"{place}._target_".lstrip(".")
+            raise NecoError(f"{place}={part['_target_']!r:.100}: a value holds data only; nothing is built there")
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter, Any]]:

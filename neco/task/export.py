@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from neco import config, results
 from neco.config import Settings, build
@@ -16,6 +15,7 @@ from neco.model import export, weights
 from neco.report import card
 from neco.task.common import locked, model_of, outline, source_of_weights
 from neco.task.run import FREE
+from neco.yaml_file import load_yaml
 
 log = logging.getLogger(__name__)
 # What cannot change a run's weights, or is told elsewhere in the card. Paths are nobody's business.
@@ -105,10 +105,10 @@ def _free(target: Path, form: export.Format) -> None:
 def trained(run: Path | None) -> card.Training | None:
     """How a run's weights were made, from its config; None without a run, or where it trained nothing."""
     try:
-        held = yaml.safe_load((run / "config.yaml").read_text()) if run else None
-    except (yaml.YAMLError, UnicodeDecodeError):  # of somebody else
-        held = None
-    if not run or not isinstance(held, dict) or held.get("task") not in card.TASKS:
+        held = load_yaml(run / "config.yaml") if run else {}
+    except NecoError:  # of somebody else
+        held = {}
+    if not run or str(held.get("task")) not in card.TASKS:
         return None
     defaults, here = flat(config.load(f"task={held['task']}").config), flat(held)
     shown = {
@@ -118,11 +118,15 @@ def trained(run: Path | None) -> card.Training | None:
     }
     try:
         environment = dict(json.loads((run / "environment.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         log.warning("%s says not where it was trained: %s", run / "environment.json", error)
         environment = {}
-    start = held["checkpoint"] or held["model"]["weights"]
-    return card.Training(held["task"], start, held["weights"], shown, environment)
+    for key in ("choices", "packages"):
+        if not isinstance(environment.get(key), dict):
+            environment[key] = {}
+    model = held["model"] if isinstance(held.get("model"), dict) else {}
+    start = held.get("checkpoint") or model.get("weights") or "unknown"
+    return card.Training(held["task"], str(start), str(held.get("weights")), shown, environment)
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -50,8 +50,9 @@ def origin(
     name, node = of or (settings.choices["model"], settings.config["model"])
     about = {"checkpoint": source}
     if source and source.endswith(".ckpt"):
-        held = sources.contents(Path(source), settings.run.trust_pickle).get("neco") or {}
-        model, state = held.get("origin", ("", ""))
+        held = sources.contents(Path(source), settings.run.trust_pickle).get("neco")
+        said = held.get("origin") if isinstance(held, dict) else None
+        model, state = said if isinstance(said, tuple | list) and [*map(type, said)] == [str, str] else ("", "")
         return {"model": model, "state": "" if trained else state, **about}
     own = source is None and name in options("model") and node == option("model", name, settings.config)
     if not own or node["weights"] == "none":

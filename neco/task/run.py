@@ -14,7 +14,7 @@ from torch import nn
 
 from neco import devices, report, results, startup
 from neco.commands import format_override
-from neco.config import Settings
+from neco.config import Settings, walk_values
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.logger.base import Trackers
@@ -309,16 +309,15 @@ def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
     if not path.exists():
         if not others:
             return None
-        path = max(others, key=lambda other: sources.contents(other)["global_step"])
+        path = max(others, key=lambda other: sources.contents(other).get("global_step", 0))
         log.warning("%s is gone: going on from what else is kept, %s", last, path)
     if last.exists() and path.resolve().parent != last.resolve().parent:
         raise NecoError(f"{key}={resume}: {last} is another run's, which would be lost; choose another run_dir")
     try:
         held = sources.contents(path)
         before = held.get("neco")
-        values = held["state_dict"].items() if before else ()
-        if broken := [name for name, v in values if v.is_floating_point() and not v.isfinite().all()]:
-            raise NecoError(f"{path} holds weights that are not finite ({', '.join(broken[:3])})")
+        if before is not None:
+            check_checkpoint(path, held)
     except NecoError as error:
         kept = ", ".join(str(other) for other in others if other != path) or "none"
         raise NecoError(f"{error}. To go on from another: {key}=FILE; kept are: {kept}") from error
@@ -327,7 +326,7 @@ def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
             f"{key}={path} is no checkpoint of a run; to start from its weights: {format_override('checkpoint', path)}"
         )
     changed = differences(before["config"], saved["config"])
-    if before["files"] != saved["files"]:
+    if before.get("files") != saved["files"]:
         changed.append("the list of training images")
     if before.get("classes", []) != saved["classes"]:
         changed.append("the classes of the data set")
@@ -344,6 +343,26 @@ def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
     if changed:
         log.info("going on from %s with changes: %s", path, "; ".join(changed))
     return path
+
+
+def check_checkpoint(path: Path, held: Mapping[str, Any]) -> None:
+    """Raise NecoError for a checkpoint of a run that does not hold what it must, or weights that are not finite."""
+    before, state = held["neco"], held.get("state_dict")
+    kinds: dict[str, tuple[Any, Any]] = {
+        "neco": (before, dict),
+        "state_dict": (state, dict),
+        "global_step": (held.get("global_step"), int),
+    }
+    if isinstance(before, dict):
+        kinds |= {"config": (before.get("config"), dict), "rows": (before.get("rows"), int | None)}
+    for name, (value, kind) in kinds.items():
+        if not isinstance(value, kind):
+            raise NecoError(f"{path} is damaged: its {name} is a {type(value).__name__}")
+    for _ in walk_values(before, str(path)):
+        pass
+    tensors = {name: value for name, value in (state or {}).items() if isinstance(value, torch.Tensor)}
+    if broken := [name for name, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise NecoError(f"{path} holds weights that are not finite ({', '.join(broken[:3])})")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
