@@ -78,6 +78,19 @@ def test_files_are_matched_with_and_without_folders_and_suffix(tmp_path):
     assert keys(city.build("dataset")) == ["aachen/aachen_000000_000019", "aachen/aachen_000002_000019"]
 
 
+def test_lines_hold_spaces_accents_of_both_kinds_and_the_separators_of_windows(tmp_path):
+    nfc, nfd = "m\u00fcde", "mu\u0308de"
+    root = photos(tmp_path / "photos", "a/IMG 1.jpg", "a/IMG 10.jpg", f"{nfd}.jpg", "b/2.jpg", "b/3.jpg", "c.jpg")
+    listing = tmp_path / "mine.txt"
+    listing.write_text(f"a\\IMG 1.jpg\r\n{nfc}\r\nb/2.jpg masks/2.png\r\nc 1\r\n", encoding="utf-16")
+    dataset = Folder(root=root, files=str(listing))
+    assert keys(dataset) == ["a/IMG 1.jpg", "b/2.jpg", "c.jpg", f"{nfd}.jpg"]
+    photos(tmp_path / "photos", f"{nfc}.jpg", "c 1.jpg")
+    for form in (nfc, nfd):  # where both are there, each is itself
+        listing.write_text(f"c 1\n{form}.jpg\n", encoding="utf-8")
+        assert keys(Folder(root=root, files=str(listing))) == ["c 1.jpg", f"{form}.jpg"]
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [

@@ -175,3 +175,58 @@ def test_missing_says_what_is_there(tmp_path):
     assert "does not exist" in str(Tree(tmp_path / "none").missing("maps", ["maps"], "Get them."))
     (tmp_path / "note.txt").touch()
     assert "is a file" in str(Tree(tmp_path / "note.txt").missing("maps", ["maps"], "Get them."))
+
+
+def test_what_is_not_read_is_counted_in_one_line(tmp_path, caplog):
+    for name in ("1.jpg", "a/2.heic", "a/3.HEIC", "4.nii.gz", "notes.txt", "b/5.dcm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("6.jpg", "b/more photos"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    (tmp_path / "7.png").symlink_to(tmp_path / "7.png")  # to itself
+    tree = Tree(tmp_path)
+    for _ in range(2):
+        assert list(tree.images()) == ["1.jpg"]
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert "7 files are left out, the first is 4.nii.gz: " in said
+    for kind in ("links to nothing (3)", ".heic (2)", ".dcm (1)", ".nii.gz (1)"):
+        assert kind in said
+    assert "7 files are left out" in str(tree.missing("x", ["y"], "z")), "where nothing is found, too"
+
+
+def test_a_link_whose_target_comes_back_is_seen(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(files, "KEEP", 1)
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).symlink_to(tmp_path / f"disk-{name}")
+    (tmp_path / "disk-1.jpg").touch()
+    for target, wanted in (("disk-1.jpg", ["1.jpg"]), ("disk-2.jpg", ["1.jpg", "2.jpg"])):
+        (tmp_path / target).touch()
+        assert list(Tree(tmp_path / "photos", tmp_path / "index").images()) == wanted
+
+
+def test_a_listing_of_other_kinds_of_files_is_made_anew(photos, read, tmp_path, monkeypatch):
+    listing(str(photos), tmp_path / "index")
+    read.clear()
+    monkeypatch.setattr(files, "KINDS", "what another version read")
+    listing(str(photos), tmp_path / "index")
+    assert len(read) == 5
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "BOM and utf-16-be"]
+)
+def test_lists_of_any_encoding_and_line_ending(tmp_path, encoding):
+    content = "IMG 1.jpg\r\nm\u00fcde.png \rlast\x85one".encode(encoding.removeprefix("BOM and "))
+    (tmp_path / "list.txt").write_bytes(b"\xfe\xff" * encoding.startswith("BOM") + content)
+    wanted = ["IMG 1.jpg", "m\u00fcde.png ", "last\x85one"]
+    assert files.read_text(str(tmp_path / "list.txt")) == Tree(tmp_path).text("list.txt") == wanted
+
+
+def test_names_that_are_no_unicode_stay_and_what_is_no_text_is_named(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"m\xfcde.jpg\n")
+    assert [os.fsencode(line) for line in files.read_text(str(tmp_path / "list.txt"))] == [b"m\xfcde.jpg", b""]
+    (tmp_path / "list.txt").write_bytes(b"\x89PNG\0\0\0\0\0\0")
+    with pytest.raises(NecoError, match=r"list.txt is no text"):
+        files.read_text(str(tmp_path / "list.txt"))

@@ -85,3 +85,74 @@ def test_absent_coco_says_where_it_looked_and_how_to_get_it(tmp_path):
         Coco(root=str(tmp_path)).samples("train")
     for part in (f"{tmp_path}/images/train2017", f"{tmp_path}/train2017", "train2017.zip", "dataset.root=", "nothing"):
         assert part in str(error.value)
+
+
+def named(tmp_path, count, part="i"):
+    for number in range(count):
+        put(tmp_path / part / f"slice_{number}.png", number % 2)
+
+
+def keys(dataset):
+    return {split: [sample.key for sample in dataset.samples(split)] for split in ("train", "val")}
+
+
+def test_two_lists_are_the_splits(tmp_path):
+    named(tmp_path, 6), named(tmp_path, 5, "m")  # one without a mask, in no list
+    (tmp_path / "train.txt").write_text("slice_0\nslice_2.png\n", encoding="utf-16")
+    (tmp_path / "val.txt").write_text("i\\slice_3.png\r\n")
+    lists = {"train_list": str(tmp_path / "train.txt"), "val_list": str(tmp_path / "val.txt")}
+    for how in ({}, {"split": "list"}):
+        own = Folder(root=str(tmp_path / "i"), masks=str(tmp_path / "m"), classes=["a", "b"], **lists, **how)
+        assert keys(own) == {"train": ["slice_0", "slice_2"], "val": ["slice_3"]}
+        assert own.samples("val")[0].mask == str(tmp_path / "m/slice_3.png")
+    assert keys(Folder(root=str(tmp_path / "i"), **lists)) == {
+        "train": ["slice_0.png", "slice_2.png"], "val": ["slice_3.png"]
+    }  # fmt: skip
+    (tmp_path / "val.txt").write_text("slice_2\n")
+    with pytest.raises(NecoError, match=r"val_list=.*1 images are in .*train.txt, too, like slice_2.png"):
+        Folder(root=str(tmp_path / "i"), **lists).samples("train")
+    (tmp_path / "val.txt").write_text("slice_5\n")
+    own = Folder(root=str(tmp_path / "i"), masks=str(tmp_path / "m"), classes=["a", "b"], **lists)
+    with pytest.raises(NecoError, match=r"1 of 1 images of .*val.txt have no mask.*slice_5.png"):
+        own.samples("val")
+    (tmp_path / "val.txt").write_text("slice_9\n")
+    with pytest.raises(NecoError, match=r"val_list=.*line 1: slice_9 is none of 6"):
+        own.samples("val") if own._listed else Folder(root=str(tmp_path / "i"), **lists).samples("val")
+    with pytest.raises(NecoError, match="two lists are needed"):
+        Folder(root="x", train_list="y")
+    with pytest.raises(NecoError, match="two lists are needed"):
+        Folder(root="x", split="list")
+    with pytest.raises(NecoError, match="split=random takes no lists"):
+        Folder(root="x", split="random", **lists)
+
+
+def test_a_block_is_a_run_of_neighbours_in_the_order_of_their_numbers(tmp_path):
+    named(tmp_path, 30)
+    starts = set()
+    for seed in range(8):
+        found = keys(Folder(root=str(tmp_path / "i"), split="block", val_fraction=0.2, seed=seed))
+        val = sorted(int(name[6:-4]) for name in found["val"])
+        assert len(val) == 6 and val == list(range(val[0], val[0] + 6))
+        assert sorted(found["train"] + found["val"]) == sorted(f"slice_{number}.png" for number in range(30))
+        starts.add(val[0])
+    assert len(starts) > 2
+
+
+def test_a_rule_that_is_said_is_taken_although_folders_are_there(tmp_path):
+    for split in ("train", "val"):
+        for number in range(5):
+            put(tmp_path / split / f"{number}.png")
+    assert len(Folder(root=str(tmp_path)).samples("train")) == 5
+    assert len(Folder(root=str(tmp_path), split="random", val_fraction=0.2).samples("train")) == 8
+    (tmp_path / "val").rename(tmp_path / "test")
+    with pytest.raises(NecoError, match="no val images"):
+        Folder(root=str(tmp_path), split="folders").samples("val")
+
+
+def test_a_root_one_level_too_high_is_said_first(tmp_path):
+    named(tmp_path, 2, "data/images"), named(tmp_path, 2, "data/masks")
+    data, inner = str(tmp_path / "data"), str(tmp_path / "data/images")
+    with pytest.raises(NecoError, match=rf"^dataset.root={data} is one level too high: use {inner}"):
+        Folder(root=data, masks=f"{data}/masks", classes=["a", "b"]).samples("train")
+    with pytest.raises(NecoError, match=rf"^dataset.masks={data} is one level too high: use {data}/masks"):
+        Folder(root=inner, masks=data, classes=["a", "b"]).samples("train")

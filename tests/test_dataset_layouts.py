@@ -13,6 +13,7 @@ from dataset_support import LAYOUTS, STUFF_CLASSES, THING_CLASSES, VOC, Built, s
 
 from neco import config
 from neco.dataset.base import read_image, read_label
+from neco.dataset.voc import VOC as VocFiles
 from neco.errors import NecoError
 
 ONE = {name.split(":")[0]: name for name in reversed(LAYOUTS)}  # the first layout of each option
@@ -142,7 +143,8 @@ def said(built, split="train", **keys) -> str:
 def test_a_root_that_is_one_level_off_is_named(tmp_path, name):
     built = LAYOUTS[name](tmp_path / "above" / "it")
     root, bases = built.root, {"VOC2012", "ADEChallengeData2016", "cityscapes"}
-    assert f"dataset.root={root.parent} is one level too high: use {root}" in said(built, root=root.parent)
+    text = said(built, root=root.parent)
+    assert text == f"dataset.root={root.parent} is one level too high: use {root}."
     if built.option == "coco":
         return  # the folder below is a root, too
     folder = next(path for path in sorted(root.iterdir()) if path.is_dir() and path.name not in bases)
@@ -233,6 +235,49 @@ def test_voc_lists_are_checked(tmp_path):
     assert "names nothing" in said(built)
     file.unlink()
     assert "no list of the VOC train images" in said(built) and "sets/train.txt" in said(built)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_names_in_voc_lists_may_hold_spaces(tmp_path, encoding):
+    names = {"train": ["IMG 000", "IMG 001", "mu\u0308de 1"], "val": ["IMG 002", "IMG"]}
+    for split, some in names.items():
+        for number, name in enumerate(some):
+            save_image(tmp_path / f"JPEGImages/{name}.jpg", number)
+            save_mask(tmp_path / f"SegmentationClass/{name}.png", np.zeros((24, 40)))
+        listing = tmp_path / f"ImageSets/Segmentation/{split}.txt"
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        lines = ["IMG 000 ", "/JPEGImages/IMG 001.jpg /SegmentationClass/IMG 001.png", "m\u00fcde 1"]
+        text = "\r\n".join(lines if split == "train" else ["IMG 002", "IMG -1"])  # the others of VOC end with -1 or 1
+        listing.write_text(text, encoding=encoding)
+    dataset = VocFiles(root=str(tmp_path), train_set="train")
+    assert [Path(sample.mask).stem for sample in dataset.samples("train")] == names["train"]
+    assert [sample.key for sample in dataset.samples("val")] == ["IMG", "IMG 002"]
+
+
+def test_the_layout_of_voc_takes_other_classes(tmp_path, caplog):
+    for split, stored in (("train", [1, 2, 0]), ("val", [3, 0, 255])):
+        save_image(tmp_path / f"JPEGImages/weld_{split}.jpg", 1)
+        save_mask(tmp_path / f"SegmentationClass/weld_{split}.png", np.resize(stored, (24, 40)), palette=True)
+        (tmp_path / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"ImageSets/Segmentation/{split}.txt").write_text(f"weld_{split}\n")
+    VocFiles(root=str(tmp_path), train_set="train").samples("val")
+    assert "no name in val.txt is like those of VOC 2012, the first is weld_val" in caplog.text
+    caplog.clear()
+    for name, keys, wanted in (
+        ("plain", {"classes": ["plate", "pore", "crack", "slag"]}, {3, 0, 255}),
+        ("reduced", {"classes": ["pore", "crack", "slag"], "reduce_zero_label": True}, {2, 255}),
+    ):
+        dataset = config.build(
+            {
+                **config.option("dataset", "voc", {"data_root": "data", "cache_dir": str(tmp_path)}),
+                "root": str(tmp_path),
+                **keys,
+            },
+            "dataset",
+        )
+        assert [s.key for s in dataset.samples("train")] == ["weld_train"], name
+        assert {*np.unique(read_label(dataset, dataset.samples("val")[0]))} == wanted, name
+    assert not caplog.text, "no published numbers to compare with"
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,10 @@ def test_remap_equals_counting_the_renamed_predictions() -> None:
     matrix = metrics.confusion(prediction, target, 9, 4)
     mapping = metrics.match_many_to_one(matrix)
     assert torch.equal(metrics.remap(matrix, mapping), metrics.confusion(mapping[prediction], target, 4, 4))
+
+
+def test_classes_without_a_labelled_pixel_are_absent() -> None:
+    matrix = torch.tensor([[3, 0, 1], [2, 0, 0]])
+    assert (
+        metrics.absent(matrix, ["a", "b", "c"]) == {"absent": ["b"]} and metrics.absent(matrix[:, [0, 2]], "ac") == {}
+    )

@@ -118,3 +118,27 @@ def test_colours_and_overlay():
     image = np.full((2, 2, 3), 200, np.uint8)
     painted = overlay(image, np.array([[0, 1], [29, 255]]), palette)
     assert painted[1, 1].tolist() == [80, 80, 80] and len(np.unique(painted.reshape(-1, 3), axis=0)) == 4
+
+
+def test_masks_of_0_and_255_serve_no_evaluation_until_it_is_said_what_they_mean(inside, streets, tmp_path):
+    streets(train=2)
+    streets(val=2)
+    for path in tmp_path.glob("masks/*/*.png"):
+        mask = np.zeros((24, 32), np.uint8)
+        mask[3:9] = 255
+        Image.fromarray(mask).save(path)
+    keys = [f"dataset.{key}={tmp_path}/{folder}" for key, folder in (("root", "images"), ("masks", "masks"))]
+    given = "task=check", "dataset=folder", *keys, "dataset.classes=[background,object]"
+    code, said = inside(*given)
+    assert code == 2 or "evaluation" not in said.split("serves")[1]
+    assert said.count("val: the 2 masks hold one class alone, background; 25.0% of the pixels are ignored") == 1
+    code, said = inside(*given, "dataset.values=[0,255]")
+    assert code == 0 and "training, evaluation" in said and "object 25.0%" in said
+
+
+def test_a_root_one_level_too_high_is_said_once_and_first(inside, tmp_path):
+    for folder in ("above/voc/JPEGImages", "above/voc/ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    code, said = inside("task=check", "dataset=voc", f"dataset.root={tmp_path}/above")
+    hint = f"dataset.root={tmp_path}/above is one level too high: use {tmp_path}/above/voc."
+    assert code == 2 and said.count(hint) == 1 and said.splitlines()[-1].endswith(hint)

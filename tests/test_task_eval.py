@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import losses
+from PIL import Image
 
 from neco import config, load_backbone
 from neco.errors import NecoError
@@ -208,3 +210,24 @@ def test_run_without_a_checkpoint_is_named(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 1")
     with pytest.raises(NecoError, match="a run without a checkpoint"):
         load_backbone(str(tmp_path))
+
+
+def test_classes_in_no_mask_of_val_are_warned_of_and_the_record_keeps_it(inside, tmp_path):
+    for split in ("train", "val"):
+        for number in range(10):  # more than the look before the run takes
+            mask = np.zeros((32, 32), np.uint8)
+            mask[:8] = 255
+            if split == "train" or number == 5:
+                mask[20:] = 1
+            image = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+            for kind, array in (("images", image), ("masks", mask)):
+                (tmp_path / kind / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(tmp_path / kind / split / f"{number}.png")
+    given = ["task=eval", "model=tiny", "eval=[retrieval,overcluster]", "eval.retrieval.size=32", "dataset=folder"]
+    given += ["dataset.root=images", "dataset.masks=masks", "dataset.classes=[a,b,c]", "report=false", "run_dir=run"]
+    code, said = inside(*given)
+    assert code == 0, said
+    text = "1 of 3 classes occur in no mask of val: c"
+    records = json.loads((tmp_path / "run/results.json").read_text())
+    assert [record["warnings"] for record in records] == [[text], [text]]
+    assert f"retrieval: {text}" in said and f"warning   {text}" in said

@@ -418,7 +418,7 @@ def choose_layout(tree: Tree, layouts: Sequence[Layout], what: str, advice: str)
     if not complete:
         looked = dict.fromkeys(path for layout in layouts for path in layout)
         if hint := one_off(tree, layouts):
-            raise NecoError(f"{hint} There is no {what} in {', '.join(str(tree.root / path) for path in looked)}.")
+            raise NecoError(hint)
         raise tree.missing(what, list(looked), advice)
     if len(complete) > 1:
         taken, *others = (" + ".join(path or "." for path in layout) for layout in complete)

@@ -139,7 +139,7 @@ class CocoMasks(Coco):
         if not there:
             both = [(f"{base}{split}2017", folder) for base in BASES for folder in folders]
             if hint := one_off(self.tree, both):
-                raise NecoError(f"{hint} There are no masks of {name} {split}2017 here.")
+                raise NecoError(hint)
             raise self.tree.missing(f"masks of {name} {split}2017", folders, advice)
         folder = there[0]
         found = pair_samples(images, _files(self.tree, folder, ".png"))

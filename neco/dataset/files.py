@@ -177,16 +177,14 @@ def _names(folder: str) -> list[str]:
                 if entry.is_dir():
                     if name != "__MACOSX":
                         found.append(f"{name}/")
-                elif name.lower().endswith(wanted):
-                    if entry.is_file():  # a pipe would be waited for
-                        found.append(name)
-                    elif entry.is_symlink() and not Path(entry).exists():
-                        found.append(f"{name}{DANGLING}")
+                elif entry.is_symlink() and not Path(entry).exists():
+                    found.append(f"{name}{DANGLING}")
+                elif name.lower().endswith(wanted) and entry.is_file():  # a pipe would be waited for
+                    found.append(name)
             except OSError as error:
                 if error.errno != errno.ELOOP:  # a link to itself leads to nothing, as any to what is not there
                     raise
-                if name.lower().endswith(wanted):
-                    found.append(f"{name}{DANGLING}")
+                found.append(f"{name}{DANGLING}")
     ours = marks >= archive.RUN or (CACHE_TAG in marks and is_cache_tag(Path(folder, CACHE_TAG)))
     return [*([LEFT_OUT] if ours else []), *sorted(found)]
 

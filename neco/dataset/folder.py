@@ -102,7 +102,10 @@ class Folder(OwnMasks):
         for here, there, key, tree in ((images, masks, "root", self.tree), (masks, images, "masks", self.masks)):
             wanted = {without_suffix(name) for name in there}
             for top in sorted({name.split("/")[0] for name in here if "/" in name}):
-                inside = {without_suffix(name.removeprefix(f"{top}/")) for name in here if name.startswith(f"{top}/")}
+                own = {name: ref for name, ref in here.items() if name.startswith(f"{top}/")}
+                inside = {without_suffix(name.removeprefix(f"{top}/")) for name in own}
+                if {*own.values()} & {*there.values()}:  # the same files
+                    continue
                 if len(match_names(inside, wanted)) == len(inside) == len(wanted):
                     return f"dataset.{key}={tree} is one level too high: use {tree}/{top}"
         return ""

@@ -63,7 +63,9 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         serves, problems = verdict(dataset, found)
         if len(job.datasets) == 1:
             log.info("\n%s", columns(rows))
-            for text in (*examples(dataset, found), *labels(dataset, found), *problems, *missing(lacking)):
+            wrong = [*problems, *missing(lacking)]
+            last = not serves and bool(wrong) and "\n" not in wrong[0]  # the error that ends the check says it whole
+            for text in (*examples(dataset, found), *labels(dataset, found), *wrong[int(last) :]):
                 log.info("\n%s", text)
             log.info("\nserves      %s", ", ".join(serves) or "nothing")
         if not serves and (len(job.datasets) == 1 or there):
@@ -108,7 +110,7 @@ def verdict(dataset: Dataset, found: dict[str, Look]) -> tuple[list[str], list[s
     for split, look in found.items():
         if look.bad:
             shown = "\n  ".join([*look.bad.values()][:5])
-            problems.append(f"{split}: {len(look.bad)} of {look.looked} images looked at cannot be used\n  {shown}")
+            problems.append(f"{split}: {len(look.bad)} of {look.looked} images looked at cannot be used: {shown}")
         look.flat.warn(split)
         try:
             check_classes(dataset, split, look)
