@@ -92,7 +92,8 @@ class Job:
         """Of all that can change what comes out, the files that it names included."""
         settings = {k: v for k, v in plain(self.config).items() if k not in ASIDE}
         named = [str(value) for key in ("checkpoint", "compare") if (value := settings.get(key))]
-        return hashlib.sha256(json.dumps([settings, *map(state, named)], sort_keys=True).encode()).hexdigest()[:16]
+        held = [state(name, Path(self.config.cache_dir, "index")) for name in named]
+        return hashlib.sha256(json.dumps([settings, *held], sort_keys=True).encode()).hexdigest()[:16]
 
     def note(self, how: str, **said: Any) -> None:
         """Write status.json. Of several processes the one that fails first does it: the others follow from that."""
@@ -166,15 +167,17 @@ class Job:
         return DelayedSubmission(self)
 
 
-def state(source: str) -> tuple[int, int] | None:
-    """When the file behind a `checkpoint` was written, and its size: a run that went on has other weights."""
+def state(source: str, index: Path) -> str | None:
+    """What the file or folder behind a `checkpoint` holds: a run that went on has other weights."""
+    from neco.dataset.digests import Contents
     from neco.model import last_checkpoint
 
     try:
-        found = Path(last_checkpoint(source)).expanduser().stat()
+        found = Path(last_checkpoint(source)).expanduser()
+        held = sorted(path for path in found.rglob("*") if path.is_file()) if found.is_dir() else [found]
+        return Contents([str(path) for path in held], index).digest()
     except (NecoError, OSError):  # of no file, or the job will say what is wrong
         return None
-    return found.st_mtime_ns, found.st_size
 
 
 def told(hydra: Any) -> list[str]:
@@ -225,6 +228,20 @@ def recorded(folder: Path, said: dict[str, Any]) -> bool:
         files.rename(damaged, aside)
         say(f"again        {damaged} is damaged: kept as {aside.name}")
         return False
+
+
+def same_data(job: Job) -> bool:
+    """Whether a job that is done would find the data that it used; data that are not there are no other ones."""
+    from neco.__main__ import settings
+    from neco.task import used_data
+
+    try:
+        if changed := used_data.changed(job.folder, settings(job.config, job.config.hydra).build):
+            say(f"again        {job.folder}: {changed} holds something else now")
+        return not changed
+    except NecoError as error:
+        say(f"not compared {job.folder}: {str(error).partition(chr(10))[0]}")
+        return True
 
 
 def leads() -> bool:
@@ -298,7 +315,8 @@ class Launcher(launcher.Launcher):
         """Whether this very job has ended well in its folder; of one that SLURM may still have it notes the number."""
         said = status(job.folder)
         same = said.get("config") == job.digest
-        if same and said["status"] == "done" and self.config.sweep.skip_done and recorded(job.folder, said):
+        done = same and said["status"] == "done" and self.config.sweep.skip_done
+        if done and recorded(job.folder, said) and same_data(job):
             job.said = said
             say(f"done before  {job.folder}")
             return True

@@ -16,6 +16,8 @@ import pytest
 import yaml
 from conftest import ROOT, SMALL, losses
 from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from neco import config
 from neco.errors import NecoError
@@ -157,7 +159,14 @@ def test_done_before_means_with_these_weights_and_results(inside, tmp_path):
     job = ["-m", *(o for o in EVAL if o != "weights=none"), "checkpoint=w.safetensors", "seed=0,1"]
     shutil.copy(ROOT / "neco/model/tiny.safetensors", tmp_path / "w.safetensors")
     assert inside(*job)[0] == 0 and "done before  out/seed-0" in inside(*job)[1]
-    for spoil in (lambda: (tmp_path / "w.safetensors").touch(), (tmp_path / "out/seed-0/results.json").unlink):
+    (tmp_path / "w.safetensors").touch()
+    assert "done before  out/seed-0" in inside(*job)[1], "the same weights"
+
+    def retrain():
+        state = load_file(tmp_path / "w.safetensors")
+        save_file({key: value + 1e-3 for key, value in state.items()}, tmp_path / "w.safetensors")
+
+    for spoil in (retrain, (tmp_path / "out/seed-0/results.json").unlink):
         spoil()
         code, said = inside(*job)
         assert code == 0 and "done before  out/seed-0" not in said and (tmp_path / "out/seed-0/results.json").is_file()
@@ -166,6 +175,26 @@ def test_done_before_means_with_these_weights_and_results(inside, tmp_path):
     assert code == 0 and "out/seed-0/results.json is damaged: kept as results.damaged.json" in said
     assert (tmp_path / "out/seed-0/results.damaged.json").read_text() == "[{"
     assert "done before  out/seed-0" in inside(*job)[1]
+
+
+def test_done_before_means_with_this_data(inside, tmp_path):
+    for kind in ("i", "m"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for n in range(6):
+            Image.new("L", (16, 16), n % 2 if kind == "m" else 40 * n).save(tmp_path / f"data/{kind}/{n}.png", "BMP")
+    data = ["dataset=folder", "dataset.root=data/i", "dataset.masks=data/m", "dataset.classes=[a,b]"]
+    job = ["-m", *(o for o in EVAL if not o.startswith("dataset.")), *data, "dataset.val_fraction=0.5", "seed=0,1"]
+    assert inside(*job)[0] == 0 and inside(*job)[1].count("done before  out/seed-") == 2
+    before = (tmp_path / "data/m/1.png").stat()
+    for n in range(6):  # of the same size and time
+        Image.new("L", (16, 16), 1).save(tmp_path / f"data/m/{n}.png", "BMP")
+        os.utime(tmp_path / f"data/m/{n}.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    code, said = inside(*job)
+    assert code == 0 and "again        out/seed-0: " in said and "done before" not in said
+    assert len(json.loads((tmp_path / "out/seed-0/results.json").read_text())) == 2
+    (tmp_path / "data").rename(tmp_path / "away")
+    code, said = inside(*job)
+    assert code == 0 and said.count("not compared out/seed-") == said.count("done before") == 2
 
 
 def test_what_another_job_says_in_the_folder_is_not_taken_for_ours(tmp_path, monkeypatch):

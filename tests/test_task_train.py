@@ -14,10 +14,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT, SMALL, losses
+from PIL import Image
 
 from neco import config, load_backbone
 from neco.errors import NecoError
@@ -459,6 +461,34 @@ def test_numbers_of_another_data_set_are_not_taken_over(train):
     records = json.loads((folder / "results.json").read_text())
     found = {(r["step"], r["asked"]) for r in records if r["network"] == "teacher"}
     assert [step for step, _ in sorted(found)] == [0, 4, 6] and len({asked for _, asked in found}) == 2
+
+
+def test_a_run_goes_on_with_the_same_images_elsewhere_and_not_with_others(train, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for number in range(12):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"a/{number:02d}.png")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    shutil.copytree(tmp_path / "a", tmp_path / "c", copy_function=shutil.copyfile)
+    for number in (5, 7):
+        Image.new("RGB", (40, 40), "red").save(tmp_path / f"c/{number:02d}.png")
+    data = ["dataset=folder", f"dataset.root={tmp_path}/a"]
+    folder = train(*data)
+    train(*data)
+    assert "lie elsewhere" not in caplog.text
+    train(data[0], f"dataset.root={tmp_path}/b")
+    assert caplog.text.count(f"the training images lie elsewhere: {tmp_path}/b/00.png was {tmp_path}/a/00.png") == 1
+    before = (folder / "checkpoints/last.ckpt").read_bytes()
+    other = rf"what training images hold \({tmp_path}/c/05\.png is not what {tmp_path}/a/05\.png was\)"
+    with pytest.raises(NecoError, match=other):
+        train(data[0], f"dataset.root={tmp_path}/c")
+    shutil.copyfile(tmp_path / "c/05.png", tmp_path / "a/05.png")
+    with pytest.raises(NecoError, match=rf"{tmp_path}/a/05\.png is not what it was"):
+        train(*data)
+    assert (folder / "checkpoints/last.ckpt").read_bytes() == before
+    train(data[0], f"dataset.root={tmp_path}/c", f"train.resume={folder}/checkpoints/last.ckpt")
+    assert "with changes: what training images hold" in caplog.text, "when it is asked for by name"
 
 
 def test_another_configuration_does_not_continue_a_run(train):

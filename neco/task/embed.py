@@ -35,6 +35,7 @@ from neco.eval.extract import Extract
 from neco.model import weights
 from neco.progress import track
 from neco.schema import Embed
+from neco.task import used_data
 from neco.task.common import choose_device, device_name, locked, model_of, outline, source_of_weights
 from neco.training.bad import look, too_many
 from neco.training.data import worker_init
@@ -239,6 +240,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         shards = Shards(output, _asked(options, size, backbone, report.hash, job.samples), options, job.samples)
         what = settings.config, settings.overrides, settings.choices
         results.describe(output, *what, device_name(job.device))
+        used_data.note(output, "dataset", job.dataset, options.split, "some")
         if shards.done:
             log.info("%d of %d images are there already", shards.done, len(job.samples))
         left = job.samples[shards.done :]

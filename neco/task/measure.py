@@ -25,6 +25,7 @@ from neco.model import sources
 from neco.model.weights import weights_hash
 from neco.report import gallery
 from neco.results import Results
+from neco.task import used_data
 from neco.training import memory
 from neco.values import share
 
@@ -83,6 +84,7 @@ def measure(
     store, show = trackers.store, settings.run.show
     run = store.path.parent
     found: list[dict[str, Any]] = []
+    used: set[str] = set()
     with torch.random.fork_rng():
         for network, backbone in networks.items():
             digest = weights_hash(backbone)
@@ -94,6 +96,7 @@ def measure(
                     key["asked"] = asked.digest()
                     same = [record for record in found if key.items() <= record.items()]  # of another network
                     record = same[0] if same else store.find(step=step, network=network, **key)
+                used |= asked.splits
                 if record is None or _incomplete(record, run, show):
                     log.info("evaluating: %s of the %s on %s", name, network, dataset_name)
                     place = {"dataset": dataset_name, "split": "val", "step": step, "epoch": epoch}
@@ -113,6 +116,8 @@ def measure(
                 found.append({**record, **about, "network": network, "spec": spec})
                 store.add(found[-1])
                 trackers.tell("evaluation", found[-1])
+        for split in sorted(used) if store.writes else ():
+            used_data.note(run, _node_name(settings), dataset, split, "all")
         if show:
             _show(settings, store, networks, dataset, device, step)
     return found
@@ -120,7 +125,11 @@ def measure(
 
 def _node(settings: Settings) -> dict[str, Any]:
     """The data set that is evaluated on, in the configuration."""
-    return settings.config["val_dataset" if settings.config.get("val_dataset") else "dataset"]
+    return settings.config[_node_name(settings)]
+
+
+def _node_name(settings: Settings) -> str:
+    return "val_dataset" if settings.config.get("val_dataset") else "dataset"
 
 
 class Asked:
@@ -133,6 +142,8 @@ class Asked:
         node = {key: value for key, value in _node(settings).items() if key not in KEPT}
         plan = evaluation.plan(patch=backbone.patch, dataset=dataset)
         samples = [sample for part in plan if isinstance(part, list) for sample in part if isinstance(sample, Sample)]
+        listed = {split: dataset.listed(split) for split in ("train", "val", "test")}
+        self.splits = {split for split, own in listed.items() if own and own[0] in samples}
         plan = [[*map(_name, part)] if isinstance(part, list) else part for part in plan]
         values = settings.config["eval"].get(name), node, plan, settings.run.seed, getattr(backbone, "spec", None)
         self.values = repr(values)

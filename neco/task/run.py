@@ -20,6 +20,7 @@ from neco.errors import NecoError
 from neco.logger.base import Trackers
 from neco.model import sources, weights
 from neco.schema import Trainings
+from neco.task import used_data
 from neco.task.common import device_name, source_of_weights
 from neco.task.measure import measure, origin
 from neco.training import data, strategies
@@ -46,7 +47,8 @@ FREE = {
     "sweep",
     "eval",
     "val_dataset",
-    "dataset.root",
+    "dataset.root",  # what images and masks hold is compared
+    "dataset.masks",
     "dataset.max_bad",
     "dataset.index",
     "dataset.files",  # the list of images itself is compared
@@ -103,6 +105,9 @@ class Run:
         said = begun["model"], begun["state"] if options.node == "train" else ""
         self.saved: dict[str, Any] = {"config": settings.config, "files": listing, "classes": list(classes)}
         self.saved["origin"] = said
+        self.saved["images"] = used_data.sample_contents(
+            samples, settings.config["dataset"].get("index"), bool(classes)
+        )
         self.checkpoints = Checkpoints(output / "checkpoints")
         self.resume = find(options, self.checkpoints.last, self.saved)
         found = sources.contents(self.resume) if self.resume else {}
@@ -116,6 +121,8 @@ class Run:
         if self.leads:
             results.describe(output, settings.config, settings.overrides, settings.choices, device_name(device))
             results.note_choice(output, **(choices or {}))
+            if train := (choices or {}).get("train"):
+                used_data.note(output, "dataset", train, "train", "some")
         self.store = results.Results(output, writes=self.leads)
         self.store.drop_after(self.done)
         own = self.resume and self.resume.resolve().parent == self.checkpoints.folder.resolve()
@@ -330,6 +337,8 @@ def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
         changed.append("the list of training images")
     if before.get("classes", []) != saved["classes"]:
         changed.append("the classes of the data set")
+    if other := used_data.other_file(before.get("images", {}), saved["images"]):  # of older versions nothing is known
+        changed.append(f"what training images hold ({other})")
     if fixed := [change for change in changed if change.startswith(FIXED) and ": None ->" not in change]:  # None: older
         raise NecoError(
             f"{key}={resume}: {path} holds other parameters: {'; '.join(fixed)}. To start from its weights: "
@@ -342,6 +351,8 @@ def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
         )
     if changed:
         log.info("going on from %s with changes: %s", path, "; ".join(changed))
+    elif place := used_data.moved(before.get("images", {}), saved["images"]):
+        log.info("%s", place)
     return path
 
 
