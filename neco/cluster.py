@@ -16,7 +16,7 @@ from submitit.core.utils import UncompletedJobError
 
 from neco import files
 from neco.errors import NecoError
-from neco.values import NonNegative, Positive, PositiveFloat
+from neco.values import Line, NonNegative, Positive, PositiveFloat
 
 if TYPE_CHECKING:
     from neco.launch import Job
@@ -87,15 +87,15 @@ class Slurm(Local):
     time: Positive
     requeues: NonNegative
     detach: bool
-    partition: str | None
-    account: str | None
-    constraint: str | None
-    qos: str | None
+    partition: Line | None  # a second line would be one of the shell: submitit writes them into a script
+    account: Line | None
+    constraint: Line | None
+    qos: Line | None
     gpus: NonNegative | Literal["auto"]
     cpus: Positive | Literal["auto"]
     mem_gb: PositiveFloat | None
     setup: list[str]
-    extra: dict[str, Any] | None
+    extra: dict[Line, Line | bool | int | float] | None
 
     def parameters(self, job: "Job") -> dict[str, Any]:
         gpus = (job.config.device != "cpu") * job.devices if self.gpus == "auto" else self.gpus

@@ -27,6 +27,10 @@ def number_in_0_1_or_text_like_1_8(text: str) -> bool:  # pydantic's message is 
         return False
 
 
+def text_of_one_line(text: str) -> bool:
+    return text.isprintable()
+
+
 Positive = Annotated[int, Ge(1)]
 NonNegative = Annotated[int, Ge(0)]
 # What nobody means to be more is bounded: a zero too many is found out before it takes all memory or processes.
@@ -44,6 +48,7 @@ PositiveFraction = Annotated[float, Gt(0), Le(1)]
 Share = PositiveFraction | Annotated[str, Predicate(number_in_0_1_or_text_like_1_8)]  # 0.1 or "1/8"
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
+Line = Annotated[str, Predicate(text_of_one_line)]
 Size = Pixels | tuple[Pixels, Pixels]  # pixels: the side of a square, or height and width
 
 READERS = 8  # processes that read images for a GPU, at most, where their number is `auto`

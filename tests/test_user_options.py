@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from neco import config
+from neco.cluster import Slurm
 from neco.errors import NecoError
 from neco.user_options import check_override, is_option_file, machine_files
 
@@ -217,6 +218,18 @@ def test_the_command_line_replaces_no_component_of_hydra(inside, override):
 def test_other_keys_of_hydra_are_free():
     for override in ("hydra.sweeper.n_trials=3", "hydra.job_logging.loggers.neco.level=DEBUG", "hydra.verbose=true"):
         check_override(override)
+
+
+@pytest.mark.parametrize("key", ["partition", "account", "constraint", "qos", "extra", "extra key"])
+def test_settings_of_slurm_are_no_shell_lines(key):
+    keys = {"partition", "account", "constraint", "qos", "extra", "mem_gb"}
+    numbers = dict.fromkeys(("parallel", "time", "signal_seconds", "requeues", "gpus", "cpus"), 1)
+    good = {**dict.fromkeys(keys), **numbers, "detach": False, "setup": ["module load x"]}
+    config.check(Slurm, {**good, "partition": "gpu,long", "extra": {"exclude": "node7", "exclusive": True}}, "launcher")
+    line = "gpu\ntouch canary #"
+    bad = {"extra": {"exclude": line}, "extra key": {line: "x"}}.get(key, line)
+    with pytest.raises(NecoError, match=rf"launcher\.{key.split()[0]}=.*one_line"):
+        config.check(Slurm, {**good, key.split()[0]: bad}, "launcher")
 
 
 WRONG = ("5", "null", "[a]", "{a: 1}", "''", "loss", "true", "os.system", "neco.loss", "neco.loss.neco.NeCo.forward")
