@@ -128,24 +128,27 @@ class DigestStore:
     def __init__(self, folder: Path | None) -> None:
         self.path = folder and folder / "digests.bin"
         self.known: dict[bytes, bytes] = {}
+        self.latest: dict[tuple[Ref, State], str] = {}  # those asked for in this process, whose keys take time
         self.seen = 0, 0  # inode of the table, bytes of it that are in `known`
         self.output: int | None = None
 
     def digests(self, refs: Sequence[Ref]) -> list[str]:
         """The digest of each file, in hexadecimal; reads those that are not remembered."""
         self._load()
-        keys = [_key(ref, state) for ref, state in zip(refs, states_of(refs), strict=True)]
-        unknown = {key: ref for key, ref in zip(keys, refs, strict=True) if key not in self.known}
+        states = states_of(refs)
+        asked = [pair for pair in zip(refs, states, strict=True) if pair not in self.latest]
+        keys = {pair: _key(*pair) for pair in asked}
+        unknown = {key: ref for (ref, _), key in keys.items() if key not in self.known}
         fresh: dict[bytes, bytes] = {}
-        with ThreadPoolExecutor(READERS) as pool:
-            read = pool.map(read_digest, unknown.values())
-            what = "digests of new or changed files"
-            for (key, ref), (state, digest) in zip(
-                unknown.items(), track(read, what, total=len(unknown)) if unknown else (), strict=True
-            ):
-                fresh[key] = digest
-                self.remember(ref, state, digest)
-        return [(fresh.get(key) or self.known[key]).hex() for key in keys]
+        if unknown:
+            with ThreadPoolExecutor(READERS) as pool:
+                read = pool.map(read_digest, unknown.values())
+                told = track(read, "digests of new or changed files", total=len(unknown))
+                for (key, ref), (state, digest) in zip(unknown.items(), told, strict=True):
+                    fresh[key] = digest
+                    self.remember(ref, state, digest)
+        self.latest.update((pair, self.known[key].hex()) for pair, key in keys.items() if key in self.known)
+        return [self.latest.get(pair) or fresh[keys[pair]].hex() for pair in zip(refs, states, strict=True)]
 
     def recall(self, ref: Ref, state: State) -> str | None:
         """The digest of a file in a state, None where it is not remembered."""
