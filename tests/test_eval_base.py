@@ -262,7 +262,7 @@ def cached(tmp_path: Path, **values) -> Extract:
 
 
 def files(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache").glob("*"))
+    return sorted(path for path in (tmp_path / "cache").glob("*") if path.name != "CACHEDIR.TAG")
 
 
 def test_the_cache_is_read_without_the_backbone(dataset: Files, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ class Entry:
         if not self.cache.fits(shape):
             raise OSError(f"{math.prod(shape) * 4 / 1e9:.1f} GB would be more than cache_gb={self.cache.limit / 1e9:g}")
         assert self.cache.folder
-        self.cache.folder.mkdir(parents=True, exist_ok=True)
+        files.make_cache_folder(self.cache.folder)
         self.part = self.stack.enter_context(files.scratch(self.cache.folder))
         file = self.stack.enter_context((self.part / "features").open("wb"))
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
