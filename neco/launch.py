@@ -92,7 +92,10 @@ class Job:
         """Of all that can change what comes out, the files that it names included."""
         settings = {k: v for k, v in plain(self.config).items() if k not in ASIDE}
         named = [str(value) for key in ("checkpoint", "compare") if (value := settings.get(key))]
-        held = [state(name, Path(self.config.cache_dir, "index")) for name in named]
+        index = Path(cache, "index") if (cache := settings.get("cache_dir")) else None
+        held = [state(name, index) for name in named]
+        given = [node["masks"] for node in (settings.get("eval") or {}).values() if node and node.get("masks")]
+        held += [contents(masks, index) for name in given if (masks := Path(name).expanduser()).is_dir()]
         return hashlib.sha256(json.dumps([settings, *held], sort_keys=True).encode()).hexdigest()[:16]
 
     def note(self, how: str, **said: Any) -> None:
@@ -167,17 +170,22 @@ class Job:
         return DelayedSubmission(self)
 
 
-def state(source: str, index: Path) -> str | None:
+def state(source: str, index: Path | None) -> str | None:
     """What the file or folder behind a `checkpoint` holds: a run that went on has other weights."""
-    from neco.dataset.digests import Contents
     from neco.model import last_checkpoint
 
     try:
-        found = Path(last_checkpoint(source)).expanduser()
-        held = sorted(path for path in found.rglob("*") if path.is_file()) if found.is_dir() else [found]
-        return Contents([str(path) for path in held], index).digest()
+        return contents(Path(last_checkpoint(source)).expanduser(), index)
     except (NecoError, OSError):  # of no file, or the job will say what is wrong
         return None
+
+
+def contents(path: Path, index: Path | None) -> str:
+    """The digest of a file, or of all files below a folder. Raises NecoError for one that cannot be read."""
+    from neco.dataset.digests import Contents
+
+    held = sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
+    return Contents([str(found) for found in held], index).digest()
 
 
 def told(hydra: Any) -> list[str]:

@@ -177,6 +177,17 @@ def test_done_before_means_with_these_weights_and_results(inside, tmp_path):
     assert "done before  out/seed-0" in inside(*job)[1]
 
 
+def test_a_job_is_another_one_with_other_given_masks(tmp_path):
+    (tmp_path / "masks").mkdir()
+    node = {"unsupervised": {"masks": str(tmp_path / "masks")}, "retrieval": {}}
+    found = set()
+    for content in ("0", "1", "1"):
+        (tmp_path / "masks/0.png").write_text(content)
+        config = OmegaConf.create({"cache_dir": str(tmp_path / "cache"), "eval": node})
+        found.add(Job(config, []).digest)
+    assert len(found) == 2
+
+
 def test_done_before_means_with_this_data(inside, tmp_path):
     for kind in ("i", "m"):
         (tmp_path / "data" / kind).mkdir(parents=True)
