@@ -50,6 +50,16 @@ def test_a_class_that_comes_late_is_looked_for(tmp_path, caplog):
         check(dataset, looks=4)
 
 
+def test_a_palette_that_contradicts_the_others_is_found_among_many(tmp_path):
+    dataset = labelled(tmp_path, [[[0, 1]]] * 40)
+    for number in range(40):
+        mask = Image.fromarray(np.uint8([[0, 1]]))
+        mask.putpalette([0, 0, 0, *((0, 200, 0) if number == 13 else (200, 0, 0))])
+        mask.save(tmp_path / f"masks/{number:04d}.png")
+    (why,) = inspect(dataset, "train", looks=4).bad.values()
+    assert "palettes of masks differ" in why and "0013.png" in why
+
+
 def test_masks_of_one_class_and_classes_in_no_mask_are_warned_of(tmp_path, caplog):
     check(labelled(tmp_path / "one", [[[0, 0]], [[0, 0]]]))
     assert "train: the 2 masks hold one class alone, background" in caplog.text

@@ -96,19 +96,22 @@ def stored_size(ref: Ref) -> tuple[int, int]:
     return frame(ref)[0]
 
 
+@contextlib.contextmanager
+def opened_header(ref: Ref) -> Iterator[Image.Image]:
+    """An image of which the header alone was read, as far as that can be: of a file on disk."""
+    with contextlib.ExitStack() as stack:
+        image: Image.Image | None = None
+        if isinstance(ref, str):
+            with contextlib.suppress(Exception):  # `opened` says what is wrong
+                image = Image.open(stack.enter_context(Path(ref).open("rb")))
+        if image is None or image.width * image.height > PIXELS:
+            image, _ = stack.enter_context(opened(ref))
+        yield image
+
+
 def frame(ref: Ref) -> tuple[tuple[int, int], int | None]:
     """Width and height as stored, and the EXIF orientation (None: it says nothing), without decoding pixels."""
-    with contextlib.ExitStack() as stack:
-        if not isinstance(ref, str):
-            image, _ = stack.enter_context(opened(ref))
-        else:
-            try:  # of a file on disk the header alone
-                file = stack.enter_context(Path(ref).open("rb"))
-                image = Image.open(file)
-                if image.width * image.height > PIXELS:
-                    raise ValueError
-            except Exception:
-                image, _ = stack.enter_context(opened(ref))  # says what is wrong
+    with opened_header(ref) as image:
         tags = getattr(image, "tag_v2", None)  # PIL turns a TIFF by itself, and its header says the size after it
         if tags:
             return (int(tags[256]), int(tags[257])), exif_orientation(image)

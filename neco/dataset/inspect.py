@@ -2,12 +2,14 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from neco.dataset.base import IGNORE, Dataset, Sample, read_image, read_label, same_frame
 from neco.dataset.decode import describe_values
+from neco.dataset.masks import kind_of
 from neco.dataset.own import OwnMasks
 from neco.errors import NecoError
 
@@ -111,7 +113,23 @@ def inspect(dataset: Dataset, split: str, looks: int = 48, seconds: float = 10.0
         if label is not None:
             label = np.where(label == IGNORE, len(dataset.classes), label)
             found.pixels += np.bincount(label.ravel(), minlength=len(found.pixels))
+    if found.masks and (dataset.numbering.colours or dataset.numbering.few):
+        _compare_kinds(dataset, samples, found, seconds)
     return found
+
+
+def _compare_kinds(dataset: Dataset, samples: Sequence[Sample], found: Look, seconds: float) -> None:
+    """Read a mask of each palette there is: those that contradict others are bad. Headers take little time."""
+    end, kinds = time.monotonic() + seconds, set()
+    for sample in samples:
+        if time.monotonic() > end:
+            break
+        try:
+            if sample.mask and (kind := kind_of(sample.mask)) not in kinds:
+                kinds.add(kind)
+                read_label(dataset, sample)
+        except NecoError as error:
+            found.bad.setdefault(sample.key, str(error))
 
 
 def check_classes(dataset: Dataset, split: str, look: Look) -> None:

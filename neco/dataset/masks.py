@@ -69,6 +69,12 @@ def read_mask(ref: Ref, colours: bool = False) -> StoredMask:
         return StoredMask(values, palette, image.format or "", bits, before or decode.exif_orientation(image))
 
 
+def kind_of(ref: Ref) -> tuple[str, bytes]:
+    """What numbers mean in a mask, from its header: how pixels are packed, and the palette."""
+    with decode.opened_header(ref) as image:
+        return str(decode.raw_mode(image)[0]), bytes(image.getpalette("RGB") or []) if image.mode == "P" else b""
+
+
 def _values(image: Image.Image, data: bytes, rawmode: tuple, ref: Ref, colours: bool) -> np.ndarray:
     deep = decode.is_deep_colour(image, rawmode)
     if not deep and (image.mode in decode.GREY or image.mode.startswith("I;16")):
