@@ -175,54 +175,6 @@ def kept(output: Path) -> str:
         return f"saved in {last}"
 
 
-def explain(error: Exception, overrides: list[str]) -> str:
-    """What Hydra complains about, in one sentence, with the nearest valid name."""
-    from hydra import compose, initialize_config_dir
-
-    text = str(error)
-    cause: BaseException | None = error
-    while cause:
-        if isinstance(cause, NecoError):  # of a resolver
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(error, OSError) and error.errno:  # before the job starts, only the folder of the run is made
-        return f"run_dir: cannot make the folder {error.filename}: {error.strerror}"
-    if option := re.search(r"Could not (?:find|load) '([\w@/]+)/([^'/]+)'", text):
-        group, name = option.groups()
-        return f"{group}={name}: no such option{config.nearest(name, config.options(group))} [looked in conf/{group}]"
-    if key := re.search(r"Could not override '([^']+)'", text):
-        name = key.group(1)
-        rest = [o for o in overrides if o.lstrip("+~").split("=")[0] != name and not o.startswith("-") and "," not in o]
-        try:
-            with initialize_config_dir(str(config.folder()), version_base=None):
-                composed = compose("config", [o for o in rest if "=" in o], return_hydra_config=False)
-            keys = list(config.flatten(composed))
-        except Exception:
-            keys = []
-        if name.split(".")[0] == "val_dataset":
-            return f"{name}: no labelled set is chosen to evaluate on; choose it with dataset@val_dataset=NAME"
-        group, _, chosen = name.rpartition(".")[0].partition(".")
-        if group in config.LISTS and f"{group}.{chosen}._target_" not in keys:
-            near = "" if chosen in config.options(group) else config.nearest(chosen, config.options(group))
-            return f"{name}: {group}={chosen} is not selected; add it: {group}=[{chosen},...]{near}"
-        parent, _, last = name.rpartition(".")
-        siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == parent]
-        near = config.nearest(last, siblings)
-        if elsewhere := [k for k in keys if k.rpartition(".")[2] == last]:
-            near = f"; did you mean '{elsewhere[0]}'?"
-        return f"{name}: no such key{near} [from the command line]"
-    if override := getattr(error, "override", None):
-        key, _, value = override.partition("=")
-        return (
-            f"{override}: cannot be read as KEY=VALUE ({text.splitlines()[0]}); values with special characters need "
-            f"quotes within quotes: \"{key}='{value}'\""
-        )
-    if "Config group override must be" in text:
-        wrong = next((o for o in overrides if re.fullmatch(r"\w+=(null|)", o)), text.strip())
-        return f"{wrong}: an option of the group is wanted, see --help"
-    return text.strip()
-
-
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """Signals end the program with a message, from its first second on and between jobs."""
@@ -315,17 +267,18 @@ def main() -> None:
     import hydra
     from omegaconf.errors import OmegaConfBaseException
 
-    from neco import launch, sweep
+    from neco import explain, launch, sweep
 
     extend_hydra()
-    if any(a.startswith(tuple(f"{group}=" for group in HYDRA)) for a in arguments) and not MODES & set(arguments):
-        sys.argv.append("-m")  # else Hydra would leave them out
     launch.failed.clear()
     sweep.unwritten.clear()
     debug = "debug=true" in arguments or bool(os.environ.get("NECO_DEBUG"))
     try:
         for argument in arguments:
             check_override(argument)
+        sys.argv[1:] = explain.arrange(arguments)
+        if any(a.startswith(tuple(f"{group}=" for group in HYDRA)) for a in arguments) and not MODES & set(arguments):
+            sys.argv.append("-m")  # else Hydra would leave them out
         processes.adopt()
         if processes.here.started_by == "neco" and processes.here.rank:
             interrupt.with_parent()
@@ -356,7 +309,7 @@ def main() -> None:
                 raise  # a fault of the program, not of the configuration
             print(f"{who}: another process has ended; its message says why", file=sys.stderr)
             raise SystemExit(1) from None
-        message = str(error) if isinstance(error, NecoError) else explain(error, arguments)
+        message = str(error) if isinstance(error, NecoError) else explain.explain(error, arguments)
         print(f"{who}: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 

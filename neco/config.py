@@ -125,6 +125,9 @@ def nearest(wrong: str, valid: Sequence[str]) -> str:
     """`; did you mean 'x'?` or the list of what there is."""
     if match := difflib.get_close_matches(wrong, valid, 1, 0.6):
         return f"; did you mean '{match[0]}'?"
+    begun = [name for name in valid if len(name) > 2 and len(wrong) > 2 and wrong.startswith(name)]
+    if len(begun) == 1:  # evaluation: eval
+        return f"; did you mean '{begun[0]}'?"
     return f"; there is: {', '.join(valid)}" if 0 < len(valid) <= 40 else ""
 
 
@@ -241,7 +244,13 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     try:
         if isinstance(value, bool) and "bool" not in str(hint) and hint is not Any:
             raise ValueError("a number or text is wanted, not true/false")
-        return TypeAdapter(hint, config=RULES).validate_python(value)
+        kind = TypeAdapter(hint, config=RULES)
+        with contextlib.suppress(ValidationError):
+            return kind.validate_python(value)
+        if isinstance(value, str | int | float):  # runs=x is a list of one
+            with contextlib.suppress(ValidationError):
+                return kind.validate_python([value])
+        return kind.validate_python(value)
     except ValidationError as error:
         reasons = dict.fromkeys(detail["msg"] for detail in error.errors())
         raise NecoError(f"{where}={value!r:.200}: {'; or '.join(reasons).lower()}") from error

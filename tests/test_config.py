@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import CONF, ROOT
 
-from neco import config, files
+from neco import config, explain, files
 from neco.errors import NecoError
 from neco.values import Positive
 
@@ -157,6 +157,84 @@ WRONG = [
     (["train.epochs=1000000000000", "dataset.train=2", "dataset.val=2"], ["more than a million"]),
     (["train.nodes=2"], ["train.nodes=2", "torchrun"]),
 ]
+
+
+MEANT = [  # what is typed, and what the message advises
+    ("task=training", "did you mean 'train'"),
+    ("task=evaluation", "did you mean 'eval'?"),
+    ("train", "did you mean task=train?"),
+    ("task=eval voc", "did you mean dataset=voc?"),
+    ("--dataset coco", "did you mean dataset=coco?"),
+    ("--dataset=coco", "did you mean dataset=coco?"),
+    ("--lr 1e-5", "did you mean optim.lr=1e-5?"),
+    ("task=finetune --batch-size 8", "did you mean finetune.batch_size=8?"),
+    ("--verbose-please", "KEY=VALUE, see --help"),
+    ("--cfg dataset=voc", "--cfg: needs one of job, hydra, all: --cfg job"),
+    ("-m --cfg", "--cfg job"),
+    ("eval=retrieval,overcluster", "'eval=[retrieval,overcluster]'; -m starts one job for each"),
+    ("task=report runs=a,b", "'runs=[a,b]'; -m"),
+    ("dataset=coco,voc", "-m starts one job for each"),
+    ("optim.lr=1e-4,1e-5", "-m starts one job for each"),
+    ("train.epoch=3", "did you mean 'train.epochs'?"),
+    ("task=finetune train.epochs=3", "a key of task=train, not of this command with task=finetune"),
+    ("task=eval train.steps=3", "a key of task=train, not of this command with task=eval"),
+    ("task=eval eval=overcluster eval.retrieval.k=3", "retrieval is not selected; add it: eval=[retrieval,...]"),
+    ("lr=1e-5", "did you mean 'optim.lr'?"),
+    ("batch_size=8", "did you mean 'train.batch_size'?"),
+    ("task=finetune batch_size=8", "did you mean 'finetune.batch_size'?"),
+    ("datasets=coco", "did you mean 'dataset'?"),
+    ("models=tiny", "did you mean 'model'?"),
+    ("evals=[linear]", "did you mean 'eval'?"),
+    ("rundir=x", "did you mean 'run_dir'?"),
+    ("dataset.parts={coco:1}", "a key of dataset=mix"),
+    ("loss=cosine loss.steepness=4", "a key of loss="),
+    ("dataset=my/images", "dataset=folder dataset.root=my/images"),
+    ("dataset=/data/images", "dataset=folder dataset.root=/data/images"),
+    ("dataset=~/images", "dataset=folder \"dataset.root='~/images'\""),
+    ("dataset=dinov2_vits14", "did you mean model=dinov2_vits14?"),
+    ("model=voc", "did you mean dataset=voc?"),
+    ("model=file.pth", "checkpoint=file.pth"),
+    ("model=runs/train/x", "checkpoint=runs/train/x"),
+    ("task=eval checkpoint=dinov2_vits14", "did you mean model=dinov2_vits14?"),
+    ("task=eval checkpoint=runs/my run", "\"checkpoint='runs/my run'\""),
+    ("hydra/launcher=slrum", "did you mean 'slurm'?"),
+]
+
+
+@pytest.mark.parametrize(("typed", "advice"), MEANT)
+def test_a_message_says_what_was_meant(inside, typed, advice):
+    code, said = inside(*typed.split())
+    assert code == 2 and advice in said and said.startswith("error: ") and said.count("\n") == 1, said
+    assert not any(word in said for word in ("+train", "+optim", "usage:", "struct", "Traceback")), said
+
+
+@pytest.mark.parametrize(
+    "typed",
+    (
+        "task=train --cfg job dataset=voc", "--cfg job task=train dataset=voc", "task=train dataset=voc --cfg=job",
+        "task=train -c job -p dataset dataset=voc",
+    ),
+)  # fmt: skip
+def test_options_may_stand_anywhere(inside, typed):
+    code, said = inside(*typed.split())
+    assert code == 0 and "neco.dataset.voc" in said, said
+
+
+def test_an_unreadable_option_of_ones_own_spoils_no_advice(inside, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_bytes(b"\xff\xfe not UTF-8")
+    assert "did you mean 'dataset'?" in inside("datasets=coco")[1]
+
+
+def test_options_are_put_before_the_rest():
+    assert explain.arrange(["seed=1,2", "-m", "task=eval", "-m"]) == ["-m", "-m", "seed=1,2", "task=eval"]
+    assert explain.arrange(["seed=1", "--info", "task=eval"]) == ["--info", "seed=1", "task=eval"]
+    assert explain.arrange(["--info", "all", "-p", "hydra", "seed=1"]) == ["--info", "all", "-p", "hydra", "seed=1"]
+
+
+def test_a_single_value_is_a_list_of_one():
+    assert config.load("task=report", "runs=x", "formats=html").run.runs == ["x"]
+    assert config.build({**NODE, "k": "3"}, "eval.x").values == (1.0, 3, 1), "what is a number stays one"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from neco import devices, files, processes
-from neco.config import Settings, build, call, examine
+from neco.config import Settings, build, call, examine, options
 from neco.dataset.base import Dataset
 from neco.dataset.inspect import check_classes, inspect
 from neco.errors import NecoError
@@ -101,6 +101,8 @@ def source_of_weights(settings: Settings) -> tuple[str | None, Which]:
         return "none", "auto"
     source = run.checkpoint and last_checkpoint(run.checkpoint)
     if source and not source.startswith(("http://", "https://", "package:")) and not timm.is_model(source):
+        if source in options("model") and not Path(source).exists():
+            raise NecoError(f"checkpoint={source}: no such file or run; did you mean model={source}?")
         locate(source, "")  # a file: it must be there
     if source is None and run.weights != "auto":
         raise NecoError(f"weights={run.weights}: name the checkpoint that holds it: checkpoint=RUN_FOLDER_OR_FILE")
