@@ -234,7 +234,7 @@ def test_options_are_put_before_the_rest():
 
 def test_a_single_value_is_a_list_of_one():
     assert config.load("task=report", "runs=x", "formats=html").run.runs == ["x"]
-    assert config.build({**NODE, "k": "3"}, "eval.x").values == (1.0, 3, 1), "what is a number stays one"
+    assert config.check(Target, {"k": "3"}, "eval.x") == {"k": 3}, "what is a number stays one"
 
 
 @pytest.mark.parametrize(
