@@ -99,7 +99,7 @@ def describe(
     write(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     write(output / "overrides.txt", "".join(f"{override}\n" for override in overrides))
     environment = {
-        "command": masked(shlex.join(sys.argv)),
+        "command": shlex.join(map(masked, sys.argv)),
         **git_state(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -265,7 +265,7 @@ def test_secrets_of_a_command_are_kept_nowhere(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("sys.argv", ["neco", *told])
     results.describe(run, {"checkpoint": told[0]}, told[:1], {}, "cpu")
     command = json.loads((run / "environment.json").read_text())["command"]
-    assert command == "neco checkpoint=https://***@host/a.pth hydra.sweeper.storage=*** seed=1"
+    assert command == "neco 'checkpoint=https://***@host/a.pth' 'hydra.sweeper.storage=***' seed=1"
     (page,) = report.write([collect.read(run)], tmp_path, {"html"})
     assert "SECRET" not in page.read_text() and "***@host/a.pth" in page.read_text()
 

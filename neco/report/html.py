@@ -250,7 +250,7 @@ def _drawn(run: Run, key: str | None, shrink: float) -> str:
 def _setup(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         place = run.environment
-        parts = [f"<pre>{escape(masked(format_command(run.told, python='python')))}</pre>"]
+        parts = [f"<pre>{escape(format_command(map(masked, run.told), python='python'))}</pre>"]
         facts = [[key, masked(str(value))] for key, value in place.items() if not isinstance(value, dict)]
         facts += [[f"{name}, version", str(value)] for name, value in place.get("packages", {}).items()]
         parts.append(_folded("environment", _table(Table("environment", ["what", "value"], facts))))
