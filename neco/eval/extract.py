@@ -33,6 +33,7 @@ from neco.eval.neighbours import full_precision
 from neco.model.weights import weights_hash
 from neco.progress import track
 from neco.values import MEAN, STD, PositiveFloat, Size, Width, Workers, sides
+from neco.workers import named_workers, stack, start_worker
 
 T = TypeVar("T")
 Nearest = Literal["centre", "floor"]  # which pixel stands for a cell: PIL's (the middle one) or torch's (the first)
@@ -144,7 +145,7 @@ class _Items(data.Dataset):
 
 def _collate(items: list[tuple[Tensor, Tensor] | NecoError]) -> list[Tensor] | NecoError:
     errors = [item for item in items if isinstance(item, NecoError)]
-    return errors[0] if errors else data.default_collate(items)
+    return errors[0] if errors else stack(items)
 
 
 class Extract:
@@ -269,18 +270,19 @@ class Extract:
             self.batch_size,
             num_workers=self.readers,
             collate_fn=_collate,
-            worker_init_fn=interrupt.ignore,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # else the loader draws a seed from the global one
         )
         start = 0
         with interrupt.held():
             batches = iter(loader)
-        for batch in track(batches, what, total=len(loader)):
-            if isinstance(batch, NecoError):
-                raise batch
-            rows = slice(start, min(start + self.batch_size, len(items)))
-            yield rows, batch
-            start = rows.stop
+        with named_workers():
+            for batch in track(batches, what, total=len(loader)):
+                if isinstance(batch, NecoError):
+                    raise batch
+                rows = slice(start, min(start + self.batch_size, len(items)))
+                yield rows, batch
+                start = rows.stop
 
     def _rows(self, images: int) -> Iterator[tuple[slice, list[Tensor]]]:
         """What `_load` yields when there is nothing to read."""

@@ -24,6 +24,7 @@ from neco.eval.neighbours import full_precision
 from neco.eval.pictures import predictions, shown
 from neco.progress import track
 from neco.values import MEAN, STD
+from neco.workers import named_workers, start_worker
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
@@ -122,15 +123,16 @@ class SlidingWindows:
             _Pairs(self, dataset, samples),
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=interrupt.ignore,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # else the loader draws a seed from the global one
         )
         with interrupt.held():
             pairs = iter(loader)
-        for pair in track(pairs, "segmenting", total=len(samples)):
-            if isinstance(pair, NecoError):
-                raise pair
-            yield pair
+        with named_workers():
+            for pair in track(pairs, "segmenting", total=len(samples)):
+                if isinstance(pair, NecoError):
+                    raise pair
+                yield pair
 
 
 class _Pairs(data.Dataset):

@@ -38,7 +38,7 @@ from neco.schema import Embed
 from neco.task import used_data
 from neco.task.common import choose_device, device_name, locked, model_of, outline, source_of_weights
 from neco.training.bad import look, too_many
-from neco.training.data import worker_init
+from neco.workers import named_workers, start_worker
 
 log = logging.getLogger(__name__)
 LOOKS = 200  # images whose size is looked up, to tell what the features of all will take
@@ -231,7 +231,7 @@ class Shards:
 def main(settings: Settings, job: Job, output: Path) -> None:
     """Write the features that are not there yet, then the index. Raises NecoError for too many unreadable images."""
     options: Embed = settings.spine["embed"]
-    with locked(output, "embed"):
+    with locked(output, "embed"), named_workers():
         torch.manual_seed(settings.run.seed)
         backbone = build(job.model, "model")
         report = weights.load(backbone, job.source, job.which, trust_pickle=settings.run.trust_pickle)
@@ -251,7 +251,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         log.info("embedding   %s, %d images at %s, %s", settings.choices["dataset"], len(left), sizes, job.device)
         limits = job.dataset.bad_limits(job.samples)
         batches = data.DataLoader(
-            items, extract.batch_size, num_workers=extract.readers, collate_fn=list, worker_init_fn=worker_init
+            items, extract.batch_size, num_workers=extract.readers, collate_fn=list, worker_init_fn=start_worker
         )
         with interrupt.held():
             loaded = iter(batches)

@@ -28,6 +28,7 @@ from neco.training.bad import BadImages
 from neco.training.base import Module
 from neco.training.loop import Checkpoints, Loop, Plan
 from neco.training.peers import Peers
+from neco.workers import named_workers
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ class Run:
             )  # fmt: skip
             readers = devices.readers(options.workers, device, options.devices)
             loader = data.loader(items, positions, readers, device.type == "cuda", 60 * options.wait_minutes)
-            with peers, data.named_workers():
+            with peers, named_workers():
                 trainer.fit(module, loader, ckpt_path=self.resume)
             done = trainer.global_step
             if done < plan.steps:

@@ -1,15 +1,12 @@
 """Training input: which image at which position, and what is drawn from it as uint8 tensors."""
 
-import contextlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from neco import devices, interrupt
 from neco.augment import batched
@@ -19,6 +16,7 @@ from neco.dataset.base import Dataset as Labelled
 from neco.dataset.base import Sample, read_image
 from neco.dataset.inspect import read_pair
 from neco.errors import NecoError
+from neco.workers import stack, start_worker
 
 # Epoch, index of the sample (its second time in an epoch: index + number of samples, ...), number of the batch
 Position = tuple[int, int, int]
@@ -159,14 +157,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Tensors stacked, `bad` joined; only `bad` where an item has no tensors."""
     bad = [found for item in items for found in item["bad"]]
     tensors = [{name: value for name, value in item.items() if name != "bad"} for item in items]
-    return {**(default_collate(tensors) if all(tensors) else {}), "bad": bad}
-
-
-def worker_init(worker: int) -> None:
-    """A worker uses one core, not cores squared, and leaves Ctrl-C and SIGTERM to the process that it works for."""
-    interrupt.ignore(worker)
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
+    return {**(stack(tensors) if all(tensors) else {}), "bad": bad}
 
 
 class Loader(DataLoader):
@@ -177,26 +168,6 @@ class Loader(DataLoader):
             return super().__iter__()
 
 
-@contextlib.contextmanager
-def named_workers() -> Iterator[None]:
-    """A block in which the end of a data worker is a NecoError."""
-    try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:  # from any line: torch raises in a signal's handler
-        errors: list[BaseException] = [error]  # what Lightning raises while it cleans up hides torch's
-        while before := errors[-1].__cause__ or errors[-1].__context__:
-            errors.append(before)
-        said = "\n".join(map(str, errors))
-        told = re.search(r"DataLoader (worker.* (killed|exited)|timed out).*", said)
-        if not told and isinstance(error, RuntimeError):  # the others: in the middle of handing over a batch
-            raise
-        why = told[0].rstrip(".") if told else f"{type(error).__name__}: {error}"
-        raise NecoError(
-            f"a process that reads images is gone or hangs ({why}). Mostly memory is short: lower the "
-            "number of workers. The same command goes on from the last checkpoint"
-        ) from error
-
-
 def loader(data: Drawn, positions: Positions, workers: int, pin: bool, seconds: float = 0) -> DataLoader:
     """Batches of items, in the order of `positions` for any number of workers, which have `seconds` for each."""
     return Loader(
@@ -204,7 +175,7 @@ def loader(data: Drawn, positions: Positions, workers: int, pin: bool, seconds: 
         batch_sampler=positions,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=worker_init,
+        worker_init_fn=start_worker,
         pin_memory=pin,
         prefetch_factor=max(2, 8 // workers) if workers else None,
         timeout=seconds if workers else 0,
