@@ -286,8 +286,61 @@ def test_offline_by_itself(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     assert wandb._unreachable() == ""
     server.shutdown()
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb._unreachable() == "WANDB_MODE=offline"
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({"WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": "disabled"}, "disabled"),
+        ({"WANDB_MODE": ""}, "auto"),
+        ({"WANDB_MODE": "online"}, "auto"),
+        ({"WANDB_MODE": "online", "WANDB_DISABLED": "true"}, "disabled"),
+        ({"WANDB_DISABLED": "false", "WANDB_MODE": "offline"}, "offline"),
+    ],
+)
+def test_the_mode_of_the_environment_counts_unless_one_is_given(monkeypatch, environment, mode) -> None:
+    monkeypatch.delenv("WANDB_DISABLED", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wandb.Wandb().mode == mode
+    for given in ("online", "offline", "disabled"):
+        assert wandb.Wandb(mode=given).mode == given
+    monkeypatch.setenv("WANDB_MODE", "of")
+    monkeypatch.delenv("WANDB_DISABLED", raising=False)
+    with pytest.raises(NecoError, match=r"logger\.wandb: WANDB_MODE=of: must be online, offline or disabled"):
+        config.load("logger=wandb")
+
+
+def test_variables_of_the_environment_are_honoured(monkeypatch, tmp_path) -> None:
+    names = {"PROJECT": "mine", "ENTITY": "us", "RUN_GROUP": "grouped", "TAGS": "one, two", "NAME": "called"}
+    names |= {"NOTES": "noted", "JOB_TYPE": "trial", "DIR": str(tmp_path / "elsewhere"), "RUN_ID": "given"}
+    for name, value in names.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    (tmp_path / "run").mkdir()
+    with base.Trackers(config.load("logger=wandb"), Results(tmp_path / "run")):
+        pass
+    (run,) = offline(tmp_path / "elsewhere")
+    about = run.about
+    assert (about.project, about.entity, about.run_group, about.display_name) == ("mine", "us", "grouped", "called")
+    assert (about.notes, about.job_type, about.run_id) == ("noted", "trial", "given")
+    assert {"one", "two", "tiny"} <= {*about.tags}
+    given = [f"logger.wandb.{key}" for key in ("project=yours", "entity=them", "group=other", "tags=[three]")]
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "again"))
+    with base.Trackers(config.load("logger=wandb", *given), Results(tmp_path / "run")):
+        pass
+    (run,) = offline(tmp_path / "again")
+    about = run.about
+    assert (about.project, about.entity, about.run_group) == ("yours", "them", "other") and about.run_id == "given"
+    assert "three" in about.tags and "one" not in about.tags
+
+
+def test_disabled_keeps_nothing(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with base.Trackers(config.load("logger=wandb"), Results(tmp_path)) as trackers:
+        trackers.tell("metrics", {"loss": 1.0}, 1)
+    assert not [*tmp_path.glob("wandb*")]
 
 
 @pytest.mark.parametrize(("name", "package"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])

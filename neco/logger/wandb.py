@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from neco.errors import NecoError
 from neco.logger import base, csv
 from neco.logger.base import About, Ended, Table, Tracker
 from neco.results import write
@@ -26,45 +27,62 @@ BLOCK = 32768  # of LevelDB's log format, in which W&B keeps a run
 class Wandb(Tracker):
     """Resuming the run folder continues the run, whose id is kept there.
 
+    Values that are null come from W&B's variables: WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS,
+    WANDB_NAME, WANDB_NOTES, WANDB_JOB_TYPE, WANDB_DIR, WANDB_RUN_ID.
+
     Args:
-        mode: `auto` is online where a key is known (`wandb login`, WANDB_API_KEY) and the server answers, else offline.
-        group: of the run; null: the folder of the multirun.
-        tags: beside those of model, dataset and loss.
+        project: null: WANDB_PROJECT, else neco.
+        mode: `auto` is what WANDB_MODE or WANDB_DISABLED say; without them online where a key is known (`wandb login`,
+            WANDB_API_KEY) and the server answers, else offline. With `disabled` nothing is kept.
+        group: of the run; null: WANDB_RUN_GROUP, else the folder of the multirun.
+        tags: beside those of model, dataset and loss; empty: WANDB_TAGS.
         wait: seconds for what is still to be sent at the end.
+
+    Raises:
+        NecoError: W&B is not installed, or WANDB_MODE is no mode.
     """
 
     def __init__(
         self,
         *,
-        project: str = "neco",
+        project: str | None = None,
         entity: str | None = None,
-        mode: Literal["auto", "online", "offline"] = "auto",
+        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
         group: str | None = None,
         tags: list[str] | None = None,
         wait: PositiveFloat = 30,
     ) -> None:
-        self.library, self.mode, self.group = base.library("wandb", "wandb"), mode, group
-        self.tags, self.wait = tags or [], wait
-        self.options: dict[str, Any] = {"project": project, "entity": entity}
+        self.library, self.wait, self.mode = base.library("wandb", "wandb"), wait, _mode() if mode == "auto" else mode
+        self.group = group or _variable("RUN_GROUP")
+        self.tags = tags or (_variable("TAGS") or "").split(",")
+        self.options: dict[str, Any] = {
+            "project": project or _variable("PROJECT") or "neco",
+            "entity": entity or _variable("ENTITY"),
+            "notes": _variable("NOTES"),
+        }
         self.run: Any = None
 
     def start(self, about: About) -> None:
         """Sends the configuration; says how to upload where it is offline."""
-        self.folder = about.folder
+        self.folder, name = about.folder, _variable("NAME") or about.name
+        if about.group and name != about.name:  # jobs of a multirun share the variable
+            name = f"{name} {about.name}"
         id_file = about.folder / "wandb_id.txt"
         if not id_file.is_file() or not id_file.read_text().strip():
-            write(id_file, secrets.token_hex(4))
+            write(id_file, (not about.group and _variable("RUN_ID")) or secrets.token_hex(4))
         why = "" if self.mode == "online" else "mode=offline" if self.mode == "offline" else _unreachable()
+        place = Path(_variable("DIR") or about.folder).expanduser()
+        place.mkdir(parents=True, exist_ok=True)  # W&B would take a temporary one
         # Its console capture would have every line of ours wait for its service.
         settings = {"console": "off", "silent": True, "reinit": "create_new", "init_timeout": OPEN}
         values = {
             **self.options,
             "id": id_file.read_text().strip(),
-            "name": about.name[:128],
+            "name": name[:128],
             "group": self.group or about.group,
-            "job_type": about.config["task"],
-            "tags": [*dict.fromkeys(tag[:64] for tag in (*about.tags, *self.tags) if tag.strip())],
-            "dir": str(about.folder),
+            "job_type": _variable("JOB_TYPE") or about.config["task"],
+            "tags": [*dict.fromkeys(tag.strip()[:64] for tag in (*about.tags, *self.tags) if tag.strip())],
+            "dir": str(place),
             "resume": "allow",
             "settings": settings,
         }
@@ -77,16 +95,18 @@ class Wandb(Tracker):
             self.library.teardown(1)  # its service holds the id
             self.run = self.library.init(**values, mode="offline")
         self.run.config.update(dict(about.config), allow_val_change=True)
-        kind = "offline-run-*" if why else "run-*"
-        self.rest = f"To upload: wandb sync {shlex.quote(str(about.folder / 'wandb'))}/{kind}"
+        kind = ("offline-run-*" if why else "run-*") + (f"-{values['id']}" if _variable("DIR") else "")
+        self.rest = f"To upload: wandb sync {shlex.quote(str(place / 'wandb'))}/{kind}"
         if why:
             log.info("wandb       offline: %s. %s", why, self.rest)
         else:
             log.info("wandb       %s", self.run.url)
-        self._catch_up(about, 1 + _last(about.folder, values["id"]) if why else self.run.step)
+        self._catch_up(about, 1 + _last(place, values["id"]) if why else self.run.step)
 
     def tell(self, event: str, *values: Any) -> None:
         """Once W&B has failed it is left alone, else it fails again at the end of the program, in many lines."""
+        if self.mode == "disabled":
+            return
         try:
             super().tell(event, *values)
         except Exception:
@@ -168,10 +188,24 @@ def _last(folder: Path, run: str) -> int:
     return max(found)
 
 
+def _variable(name: str) -> str | None:
+    """One of W&B's variables; None where it is not set, or empty."""
+    return os.environ.get(f"WANDB_{name}", "").strip() or None
+
+
+def _mode() -> Literal["auto", "offline", "disabled"]:
+    """What the variables say of `mode=auto`; also by the names that W&B's modes had. Raises NecoError for others."""
+    if (_variable("DISABLED") or "").lower() in ("true", "1", "yes", "y", "t", "on"):
+        return "disabled"
+    mode, modes = _variable("MODE") or "online", ("online", "offline", "disabled")
+    mode = {"run": "online", "dryrun": "offline"}.get(mode.lower(), mode.lower())
+    if mode not in modes:
+        raise NecoError(f"WANDB_MODE={mode}: must be {', '.join(modes[:-1])} or {modes[-1]}")
+    return "disabled" if mode == "disabled" else "offline" if mode == "offline" else "auto"
+
+
 def _unreachable() -> str:
     """Why a run cannot be online; empty where it can."""
-    if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
-        return f"WANDB_MODE={mode}"
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
         known = any("wandb" in host or host in url for host in netrc.netrc(os.environ.get("NETRC")).hosts)
