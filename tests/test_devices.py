@@ -56,9 +56,9 @@ def batch(part: slice) -> dict[str, torch.Tensor]:
 
 def steps(variant: str) -> tuple[list[float], list[torch.Tensor]]:
     """Losses and gradients of two steps, averaged over the processes as DDP does."""
-    settings = config.load(*SMALL, "train.drop_path=0", *VARIANTS[variant])
+    settings = config.load(*SMALL, "train.drop_path=0.5", *VARIANTS[variant])
     torch.manual_seed(0)
-    backbone = settings.build("model")
+    backbone = settings.build("model", drop_path=0.5)
     module = PostTraining(
         backbone, settings.build("head", dim=backbone.dim), settings.build("loss"),
         options=settings.spine["train"], optim=settings.spine["optim"], global_views=2,
@@ -138,8 +138,7 @@ def test_each_process_reads_its_part(monkeypatch):
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
 
 
-PLAIN = "train.drop_path=0"
-LIGHT = [PLAIN, "eval=[retrieval,overcluster]", "eval.retrieval.k=3", "eval.overcluster.k=[4,6]"]
+LIGHT = ["eval=[retrieval,overcluster]", "eval.retrieval.k=3", "eval.overcluster.k=[4,6]"]
 LIGHT += ["dataset.val=5", "extract.batch_size=2"]  # one process has 2 batches, the other 1
 
 
@@ -163,7 +162,7 @@ def test_two_devices_train_as_one_and_resume_as_one(neco, train, tmp_path, strat
     features = load_backbone(str(tmp_path / "two"))(torch.zeros(1, 3, 32, 32))
     assert torch.allclose(features, load_backbone(str(one))(torch.zeros(1, 3, 32, 32)), atol=0.05)
     # three steps of two devices, then three of one, as six of one; with parameters of the loss
-    clusters = [PLAIN, "loss=leopart", "loss.prototypes=8", "train.steps=6"]
+    clusters = ["loss=leopart", "loss.prototypes=8", "train.steps=6"]
     six = train(*clusters, folder="six")
     more = tmp_path / "more"
     neco(*several, *clusters, "train.save_epochs=1", f"run_dir={more}", ok=True)

@@ -347,7 +347,7 @@ def test_a_run_goes_on_only_as_the_same(finetune, train, folder):
 
 @pytest.mark.slow
 def test_two_devices_train_as_one(neco, finetune, tmp_path):
-    plain = ["finetune.drop_path=0", "finetune.decoder_dropout=0", "device=cpu"]
+    plain = ["finetune.drop_path=0.5", "finetune.decoder_dropout=0", "device=cpu"]
     one = finetune(*plain, folder="one")
     neco(*FEW, *plain, "finetune.devices=2", f"run_dir={tmp_path / 'two'}", ok=True)
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)

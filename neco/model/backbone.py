@@ -248,9 +248,15 @@ class Backbone(nn.Module):
 
 
 class StochasticDepth(DropPath):
-    """timm's, the rate held in a tensor: compiled, blocks of all rates are one program."""
+    """timm's, the rate held in a tensor: compiled, blocks of all rates are one program.
+
+    Attributes:
+        split: (processes, this one, its images) of a batch that several processes share. Each draws the numbers of all
+            and takes those of its images, so that the number of processes changes nothing. Rows are view after view.
+    """
 
     keep: Tensor
+    split: tuple[int, int, int] = (1, 0, 0)
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__(drop_prob)
@@ -259,7 +265,10 @@ class StochasticDepth(DropPath):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < self.keep
+        world_size, rank, images = self.split
+        kept = torch.rand(world_size * len(x), *[1] * (x.ndim - 1), device=x.device) < self.keep
+        if world_size > 1:
+            kept = kept.unflatten(0, (-1, world_size, images))[:, rank].flatten(0, 1)
         return x * (kept / self.keep.clamp(min=1e-6)).to(x.dtype)  # at a rate of 1 nothing is kept, and no 0 / 0
 
 

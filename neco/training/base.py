@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neco import devices, schema
 from neco.errors import NecoError
-from neco.model.backbone import Backbone
+from neco.model.backbone import Backbone, StochasticDepth
 from neco.training import optim, strategies
 
 
@@ -39,9 +39,24 @@ class Module(pl.LightningModule, ABC):
     def parts(self) -> tuple[Backbone, nn.Module, nn.Module]:
         """What trains at the backbone's rates, and two parts that train at the head's."""
 
-    def draw(self, index: int) -> None:
-        """Fix the random numbers of batch `index`: stochastic depth, dropout. Each process has its own."""
-        key = [self.seed, index, devices.rank()] if devices.rank() else [self.seed, index]
+    def draw(self, index: int, images: int) -> None:
+        """Fix the random numbers of batch `index`, of which this process has `images`: for stochastic depth.
+
+        They are those of the whole batch in every process: what an image meets does not depend on their number.
+        """
+        self.drawn = index
+        self._draw(self.seed, index)
+        if devices.world() > 1:
+            for part in self.modules():
+                if isinstance(part, StochasticDepth):
+                    part.split = devices.world(), devices.rank(), images
+
+    def draw_own(self) -> None:
+        """Fix the random numbers of this process from here on in the batch: for dropout, of each element alone."""
+        if devices.rank():
+            self._draw(self.seed, self.drawn, devices.rank())
+
+    def _draw(self, *key: int) -> None:
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
     def account(self, loss: Tensor, extra: dict[str, Tensor] | None = None) -> Tensor:

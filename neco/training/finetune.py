@@ -39,13 +39,16 @@ class FineTuning(Module):
         super().__init__(options=options, optim=optim, steps=steps, seed=seed)
         backbone.recompute = options.checkpoint_activations
         self.segmenter = Segmenter(backbone, build_decoder(options, backbone.dim, classes))
+        self.segmenter.decoder.register_forward_pre_hook(
+            lambda decoder, maps: self.draw_own() if self.training else None
+        )
 
     def parts(self) -> tuple[Backbone, nn.Module, nn.Module]:
         return self.segmenter.backbone, self.segmenter.decoder, nn.Module()
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         """`batch`: uint8 images (B, 3, S, S), masks (B, S, S); `index`: its number in the run."""
-        self.draw(index)
+        self.draw(index, len(batch["images"]))
         masks = batch["masks"].long()
         scores = self.segmenter(normalise(batch["images"]))
         each = F.cross_entropy(scores, masks, ignore_index=IGNORE, reduction="none")  # its own sum has no fixed order

@@ -102,8 +102,8 @@ class PostTraining(Module):
         those differ, or `Colours` (B, V, ...) that all views are still to get; `index`: its number in the run. With
         several processes B are the images of this one.
         """
-        self.draw(index)
         size = len(batch["crops"])
+        self.draw(index, size)
 
         def rows(values: Tensor) -> Tensor:
             return values.transpose(0, 1).flatten(0, 1)
