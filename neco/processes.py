@@ -49,6 +49,10 @@ def find_place(environment: Environment, parent: int, terminal: bool) -> Place:
     """
     if environment.get(PARENT) == str(parent):  # else it is that of a process further up
         return _from_ranks(environment, "neco", rank="LOCAL_RANK") if _number(environment, "LOCAL_RANK") else ALONE
+    if PARENT in environment and _number(environment, "LOCAL_RANK"):
+        raise NecoError(
+            f"the first process ({environment[PARENT]}), which started this one, has ended; its message says why"
+        )
     if "TORCHELASTIC_RUN_ID" in environment:
         return _from_ranks(environment, "torchrun")
     if _number(environment, "SLURM_STEP_ID", NO_STEP) < NO_STEP:

@@ -60,7 +60,7 @@ def test_who_started_this_process(environment, place):
         ({"RANK": "3"}, r"RANK=3: set, but neither torchrun nor srun started .* train\.devices"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2: set, but neither"),
         ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1: set, but neither"),
-        ({**OURS, processes.PARENT: "3"}, "WORLD_SIZE=2, LOCAL_RANK=1: set, but neither"),
+        ({**OURS, processes.PARENT: "3"}, r"the first process \(3\), which started this one, has ended"),
         ({"RANK": "first"}, "RANK=first: must be a whole number"),
         ({**RANKS, "RANK": "4"}, "RANK=4, WORLD_SIZE=4, .* contradict"),
         ({"TORCHELASTIC_RUN_ID": "none"}, "RANK, WORLD_SIZE, LOCAL_RANK: not set, though TORCHELASTIC_RUN_ID"),
