@@ -164,7 +164,7 @@ class Run:
     data_root: str
     cache_dir: str
     checkpoint: str | None
-    weights: Literal["auto", "student", "teacher", "none"]
+    weights: Annotated[str, MinLen(1)]
     trust_pickle: bool
     device: Literal["auto", "cpu", "cuda"]
     debug: bool

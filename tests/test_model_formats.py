@@ -143,6 +143,8 @@ DINOV3 = {
     "mask_token": "embeddings.mask_token", "patch_embed.proj.": "embeddings.patch_embeddings.",
     "blocks.{}.attn.proj.": "layer.{}.attention.o_proj.", "blocks.{}.attn.": "layer.{}.attention.",
     "blocks.{}.mlp.fc1.": "layer.{}.mlp.up_proj.", "blocks.{}.mlp.fc2.": "layer.{}.mlp.down_proj.",
+    "blocks.{}.mlp.w1.": "layer.{}.mlp.gate_proj.", "blocks.{}.mlp.w2.": "layer.{}.mlp.up_proj.",
+    "blocks.{}.mlp.w3.": "layer.{}.mlp.down_proj.",
     "blocks.{}.ls1.gamma": "layer.{}.layer_scale1.lambda1", "blocks.{}.ls2.gamma": "layer.{}.layer_scale2.lambda1",
     "blocks.{}.": "layer.{}.", "norm.": "norm.",
 }  # fmt: skip
@@ -178,6 +180,7 @@ def mae(net: Any) -> dict[str, Any]:
 
 
 QKVB = {"name": "vit_small_patch16_dinov3_qkvb.lvd1689m"}
+PLUS = {"name": "vit_small_plus_patch16_dinov3.lvd1689m"}  # as H+ and 7B with gated MLPs
 ONE: dict[str, tuple[Any, Any, str, dict[str, Any], str]] = {
     # what holds it: network, how it is written, option, other values, layout
     "DINO": (Dino(), lambda net: net.state_dict(), "dino_vits16", {}, "plain backbone"),
@@ -191,6 +194,14 @@ ONE: dict[str, tuple[Any, Any, str, dict[str, Any], str]] = {
     "DINOv3 with biases": (Dinov3(), lambda net: net.state_dict(), "dinov3_vits16", QKVB, "DINOv3 hub"),
     "transformers DINOv3": (Dinov3(bias=False), hf_dinov3, "dinov3_vits16", {}, "transformers"),
     "transformers DINOv3 with biases": (Dinov3(), hf_dinov3, "dinov3_vits16", QKVB, "transformers"),
+    "gated DINOv3": (
+        Dinov3(bias=False, gated=True), lambda net: net.state_dict(), "dinov3_vits16", PLUS, "DINOv3 hub",
+    ),
+    "transformers gated DINOv3": (Dinov3(bias=False, gated=True), hf_dinov3, "dinov3_vits16", PLUS, "transformers"),
+    "transformers 5 gated DINOv3": (
+        Dinov3(bias=False, gated=True), lambda net: prefixed(hf_dinov3(net), "model."), "dinov3_vits16", PLUS,
+        "transformers",
+    ),
     "CLIP": (Clip(), lambda net: net.state_dict(), "clip_vitb16", {}, "CLIP"),
     "open_clip": (
         Clip(), lambda net: {"state_dict": prefixed(net.state_dict(), "module.")}, "clip_vitb16", {}, "CLIP",

@@ -139,7 +139,8 @@ def test_files_that_are_no_weights(tmp_path: Path, name: str) -> None:
         ({"model": Hub().w, "module": Hub().w}, "auto", "several networks"),
         ({"features.0.weight": torch.ones(1)}, "auto", r"no layout.*features\.0\.weight"),
         ({"epoch": 3}, "auto", "no tensors"),
-        ({"ema_of_something.patch_embed.proj.weight": torch.ones(1)}, "auto", r"no layout.*ema_of_something"),
+        ({"a": Hub().w, "b": Hub().w}, "auto", r"several networks that could be meant, a and b: .*weights=a$"),
+        ({"a": Hub().w, "b": Hub().w}, "c", r"weights=c: .*holds no network of that name, but a and b$"),
     ],
 )
 def test_files_without_the_network_asked_for(saved: Any, content: Any, which: Any, message: str) -> None:

@@ -10,11 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 from weights_support import renamed, three
 
+from neco import config
 from neco.errors import NecoError
-from neco.model import sources
+from neco.model import layouts, sources
 from neco.model.backbone import Backbone
 from neco.model.weights import load, weights_hash
 
@@ -229,6 +231,50 @@ def test_one_network_in_any_wrapping(saved: Any, layout: str) -> None:
     assert set(report.ignored) == {"mask_token"} | ({"head.weight", "head.bias"} if layout == "classifier" else set())
 
 
+def below_blocks(state: State, name: str) -> State:
+    """Names as a module that wraps each block and each attention leaves them."""
+    return {re.sub(r"^(blocks\.\d+|blocks\.\d+\.attn)\.", rf"\1.{name}.", key): value for key, value in state.items()}
+
+
+WRAPPED = {
+    "compiled": lambda s: prefixed(s, "_orig_mod."),
+    "compiled, Lightning": lambda s: lightning(prefixed(s, "model._orig_mod.")),
+    "compiled blocks": lambda s: below_blocks(s, "_orig_mod"),
+    "checkpointed blocks": lambda s: below_blocks(s, "_checkpoint_wrapped_module"),
+    "FSDP": lambda s: prefixed(below_blocks(s, "_fsdp_wrapped_module"), "_fsdp_wrapped_module."),
+    "FSDP, checkpointed, compiled": lambda s: prefixed(
+        below_blocks(s, "_fsdp_wrapped_module._checkpoint_wrapped_module"), "_orig_mod.module."
+    ),
+    "fairscale": lambda s: prefixed(below_blocks(s, "_fpw_module"), "module."),
+    "DeepSpeed in Lightning": lambda s: lightning(prefixed(s, "_forward_module.model.")),
+    "DistributedDataParallel of blocks": lambda s: below_blocks(s, "module"),
+    "patch embedding": lambda s: {k.replace("patch_embed.proj", "patch_embed._orig_mod.proj"): v for k, v in s.items()},
+    "pretrained": lambda s: prefixed(s, "pretrained.") | {"depth_head.weight": torch.ones(1)},
+    "encoder": lambda s: lightning(prefixed(s, "encoder.") | {"decoder.0.weight": torch.ones(1)}),
+    "peft": lambda s: prefixed(s, "base_model.model."),
+    "deep": lambda s: {"a": {"student_of_mine": prefixed(s, "image_encoder.module.trunk.")}},
+    "transformers in a whole": lambda s: renamed(three(s), DINOV2, "net.image_tower.module."),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_one_network_under_any_name_and_wrapped_anywhere(saved: Any, how: str) -> None:
+    hub, net = Hub(seed=6), backbone()
+    report = load(net, saved(WRAPPED[how](hub.w)))
+    assert same(net, hub) and report.which == "only" and set(report.ignored) <= {"mask_token", "depth_head.weight"}
+
+
+def test_of_several_networks_the_one_is_named(saved: Any) -> None:
+    one, other, net = Hub(seed=1), Hub(seed=2), backbone()
+    held = {"left": prefixed(one.w, "encoder.module."), "right": prefixed(other.w, "encoder.")} | one.w
+    with pytest.raises(NecoError, match=r"no network of that name, but left\.encoder and right\.encoder and \. \(the"):
+        load(net, saved({**held, "cls_token": one.w["cls_token"]}), "others")
+    for which, hub in (("left.encoder", one), ("right.encoder.", other), (".", one)):
+        report = load(net, saved(held), which)
+        assert same(net, hub) and report.which == "only" and len(report.others) == 2
+    assert same(net, one) and load(net, saved({"x": one.w, "y": other.w}), "y").others == ("x",)
+
+
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "safetensors by another name"])
 def test_file_kinds(tmp_path: Path, kind: str) -> None:
     hub, net = Hub(seed=4), backbone()
@@ -367,6 +413,59 @@ def test_only_the_first_ten_keys_are_listed(saved: Any) -> None:
 def test_the_likely_cure_is_named(saved: Any, kind: str, hub: Hub, hint: str) -> None:
     with pytest.raises(NecoError, match=f"(?s){hint}"):
         load(backbone(kind), saved(hub.w))
+
+
+def test_what_is_left_over_is_shown_beside_what_is_missing(saved: Any) -> None:
+    strange = {re.sub(r"blocks\.\d\.", r"\g<0>inner.", key): value for key, value in Hub().w.items()}
+    with pytest.raises(NecoError) as caught:
+        load(backbone(), saved(strange))
+    lines = str(caught.value).splitlines()
+    assert "56 keys" in lines[0] and lines[-1] == "  ... 46 more"
+    assert sum("missing: blocks.0.norm1.weight" in line for line in lines) == 1
+    assert sum("left over: blocks.0.inner." in line for line in lines) == 5
+
+
+def test_the_model_that_a_file_fits_is_named(saved: Any) -> None:
+    """ViT-S weights in a ViT-B, wide and deep as published; nothing else is built."""
+    with torch.device("meta"):
+        nets = {
+            name: build_option(name) for name in ("dinov2_vits14", "dinov2_vitb14", "dino_vits16", "dinov2r_vits14")
+        }
+    file = {key: torch.zeros(value.shape) for key, value in nets["dinov2_vits14"].net.state_dict().items()}
+    said = r"\nthe file is 384 wide, 12 blocks, patch 14, no registers: this is model=dinov2_vits14$"
+    with pytest.raises(NecoError, match=rf"does not fit vit_base_patch14_dinov2: 174 keys(.|\n)*{said}"):
+        load(nets["dinov2_vitb14"], saved(file))
+    for other in ("dino_vits16", "dinov2r_vits14"):
+        with pytest.raises(NecoError, match="this is model=dinov2_vits14"):
+            load(nets[other], saved(file))
+    file = {key: torch.zeros(value.shape) for key, value in nets["dinov2r_vits14"].net.state_dict().items()}
+    with pytest.raises(NecoError, match="4 registers: this is model=dinov2r_vits14 or dinov2r_xr_vits14"):
+        load(nets["dinov2_vits14"], saved(file))
+    file = {key: torch.zeros(value.shape) for key, value in nets["dino_vits16"].net.state_dict().items()}
+    with pytest.raises(NecoError, match="this is model=cribo_vits16 or croc_vits16 or dino_vits16 or ibot_vits16 or"):
+        load(nets["dinov2_vits14"], saved(file))
+    with pytest.raises(NecoError, match=r"the file is 16 wide, 2 blocks, .*: no option of conf/model is like it"):
+        load(nets["dinov2_vits14"], saved(Hub().w))
+
+
+def build_option(name: str) -> Backbone:
+    return config.build(yaml.safe_load(config.find("model", name).read_text()), "model")  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("option", config.options("model"))
+def test_what_is_told_from_the_name_of_a_network_is_so(option: str) -> None:
+    with torch.device("meta"):
+        net = build_option(option).net
+    if net.reg_token is None and "_xr_" in option:
+        return  # thrown away from a file that has them
+    assert layouts._traits_of(option) == layouts._traits(net.state_dict())
+
+
+def test_adapters_of_peft_are_named(saved: Any) -> None:
+    lora = {f"blocks.0.attn.qkv.lora_{part}.default.weight": torch.ones(1) for part in "AB"}
+    held = {key.replace("0.attn.qkv.", "0.attn.qkv.base_layer."): value for key, value in Hub().w.items()} | lora
+    with pytest.raises(NecoError, match=r"left over: blocks\.0(.|\n)*merge them there first \(merge_and_unload\)"):
+        load(backbone(), saved(prefixed(held, "base_model.model.")))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

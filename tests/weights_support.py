@@ -115,10 +115,22 @@ class Rope(nn.Module):
         return (2 * math.pi * places / self.periods).flatten(1).repeat(1, 2)
 
 
-class Dinov3(nn.Module):
-    """DINOv3 as its hub has it. `bias`: of queries and values."""
+class Gated(nn.Module):
+    """The MLP of DINOv3's S+/16, H+/16 and 7B: gate, values, and the way back."""
 
-    def __init__(self, seed: int = 0, bias: bool = True) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(D, 4 * D), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.w1(x)
+        return self.w3(gate * torch.sigmoid(gate) * self.w2(x))
+
+
+class Dinov3(nn.Module):
+    """DINOv3 as its hub has it. `bias`: of queries and values; `gated`: its MLPs are."""
+
+    def __init__(self, seed: int = 0, bias: bool = True, gated: bool = False) -> None:
         super().__init__()
         self.cls_token, self.storage_tokens = (nn.Parameter(torch.empty(1, n, D)) for n in (1, 4))
         self.mask_token = nn.Parameter(torch.empty(1, D))
@@ -127,6 +139,7 @@ class Dinov3(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-5)
         for block in self.blocks:
             block.attn.qkv, block.ls1, block.ls2 = MaskedLinear(), Scale(), Scale()
+            block.mlp = Gated() if gated else block.mlp
             block.norm1.eps = block.norm2.eps = 1e-5
         fill(self, seed)
         for block in self.blocks:

@@ -77,12 +77,16 @@ def load_head(path: str | Path) -> tuple[Head, dict[str, str], str]:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         with safetensors.safe_open(path, "pt") as file:
             about, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        head = Head(about["kind"], int(about["dim"]), len(json.loads(about["classes"])))  # type: ignore[arg-type]
+        kind, dim, classes = about["kind"], int(about["dim"]), len(json.loads(about["classes"]))
         about = {key: about[key] for key in ABOUT}
+        sides([int(side) for side in about["size"].split("x")])
+        with torch.device("meta"):  # a header can claim any size: memory is taken for what the tensors bear out
+            Head(kind, dim, classes).load_state_dict(state, assign=True)  # type: ignore[arg-type]
+        head = Head(kind, dim, classes)  # type: ignore[arg-type]
         head.load_state_dict(state)
     except OSError as error:
         raise NecoError(f"head={path}: {error.strerror or error}; a run's are in its folder heads/") from error
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise NecoError(f"head={path} holds no head that eval=linear wrote: {error}") from error
     return head.eval(), about, digest
 

@@ -1,9 +1,10 @@
 """Backbones for use in other programs; needs neither Hydra nor Lightning."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
+import torch
 import yaml
 
 from neco import config
@@ -74,7 +75,7 @@ def trained_model(
 def load_backbone(
     source: str | Path,
     *,
-    weights: Literal["auto", "student", "teacher", "none"] = "auto",
+    weights: str = "auto",
     model: str | None = None,
     trust_pickle: bool = False,
 ) -> Backbone:
@@ -84,7 +85,7 @@ def load_backbone(
         source: a run folder, a checkpoint, an exported file, another weights file, a URL; or an option of conf/model
             for its own weights.
         weights: the network of a checkpoint that holds student and teacher (auto: the one its authors evaluate, mostly
-            the teacher); none = random.
+            the teacher), or of any others what the keys of the one begin with; none = random.
         model: option of conf/model for files that don't say what they are.
         trust_pickle: let a file run whatever it says while it is read, which some old ones need.
 
@@ -107,7 +108,10 @@ def load_backbone(
             near = config.nearest(str(model), sorted(options))
             raise NecoError(f"{source}: say which network it is with model=NAME of conf/model (got {model!r}{near})")
         node = yaml.safe_load(options[model].read_text())
+    if weights == "none":
+        return config.build(node, "model").eval().requires_grad_(False)  # type: ignore[no-any-return]
+    with torch.device("meta"):  # what a file says of itself takes no memory until its tensors bear it out
+        _weights.check(config.build(node, "model"), source, weights, trust_pickle=trust_pickle)
     backbone = config.build(node, "model")
-    which = "auto" if weights == "none" else weights
-    _weights.load(backbone, "none" if weights == "none" else source or None, which, trust_pickle=trust_pickle)
+    _weights.load(backbone, source or None, weights, trust_pickle=trust_pickle)
     return backbone.eval().requires_grad_(False)

@@ -23,6 +23,7 @@ from neco.model.linear import hasten
 from neco.values import MEAN, STD, Fraction, Pixels, Width
 
 Rule = Literal["hub", "timm", "neco"]
+DEEPEST = 256  # blocks; each costs memory and time even without weights, and a file may ask for any number
 
 
 def interpolate_positions(pos: Tensor, h: int, w: int, rule: Rule, registers: bool) -> Tensor:
@@ -121,6 +122,8 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         arch = {**arch} if arch else {}
+        if (depth := arch.get("depth", 1)) > DEEPEST:
+            raise NecoError(f"model.arch.depth={depth}: networks of at most {DEEPEST} blocks are built")
         self.net = _build(name, img_size=size, drop_path_rate=drop_path, **arch)
         self.patch: int = self.net.patch_embed.patch_size[0]
         self.dim: int = self.net.embed_dim
@@ -168,6 +171,11 @@ class Backbone(nn.Module):
             tokens = self._block(block, tokens, rope)
         attention = _cls_attention(last, tokens, rope)[..., self.prefix :]
         return self._patches(self._block(last, tokens, rope), h, w), attention.unflatten(-1, (h, w))
+
+    @property
+    def architecture(self) -> str:
+        """timm's name without its tag, which names weights of timm that this network need not have."""
+        return str(self.spec["name"]).partition(".")[0]
 
     @property
     def heads(self) -> int:

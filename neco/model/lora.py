@@ -61,12 +61,15 @@ def fold(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for layer in [key.removesuffix(f"parametrizations.weight.{PARTS[1]}") for key in state if key.endswith(PARTS[1])]:
         names = [f"{layer}parametrizations.weight.{part}" for part in PARTS]
         if state.keys() >= set(names):
-            parts = [folded.pop(name).detach().cpu() for name in names]
+            weight, up, down, scale = parts = [folded.pop(name).detach().cpu() for name in names]
             if f"{layer}weight" in state:
                 raise NecoError(f"{layer}weight is there twice: plain, and with adapters")
+            # As large as the weight: two thin factors alone could claim any size.
+            if up.ndim != 2 or down.ndim != 2 or weight.shape != (len(up), down.shape[1]) or scale.numel() != 1:
+                shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+                raise NecoError(f"the adapters of {layer}weight do not fit: {shapes}")
             try:
                 folded[f"{layer}weight"] = merged(*parts)
             except RuntimeError as error:
-                shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-                raise NecoError(f"the adapters of {layer}weight do not fit: {shapes}") from error
+                raise NecoError(f"the adapters of {layer}weight do not fit: {error}") from error
     return folded

@@ -5,13 +5,16 @@ import errno
 import functools
 import hashlib
 import importlib
+import io
+import itertools
 import json
 import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlparse
 
 import numpy as np
@@ -24,6 +27,9 @@ from torch import Tensor
 from neco import files, interrupt
 from neco.download import alone, fetch
 from neco.errors import NecoError
+from neco.model import folders
+from neco.model.folders import Damaged as Damaged
+from neco.model.layouts import begins, unwrap_name
 from neco.progress import transfers
 
 # What old checkpoints hold beside tensors. A file chooses the arguments, so that here stands only what merely keeps
@@ -34,7 +40,6 @@ HARMLESS = (
     "types.SimpleNamespace",
     "typing.Any",
     "torch.torch_version.TorchVersion",
-    *(f"builtins.{kind}" for kind in ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes")),
     *(f"pathlib.{kind}" for kind in ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath")),
     *(f"pathlib._local.{kind}" for kind in ("PosixPath", "PurePosixPath", "PureWindowsPath")),  # Python 3.13
     "omegaconf.dictconfig.DictConfig",
@@ -45,12 +50,15 @@ HARMLESS = (
 )
 
 
-class Damaged(NecoError):
-    """A file that cannot be read as weights."""
+EXPANSION = 10  # an archive's parts may be so many times its size: weights hardly compress, and torch compresses none
+MOST = 10**6  # entries of nested dictionaries
 
 
 def locate(source: str, name: str) -> Path:
-    """The local file that `source` means, downloaded (once) if need be; `name` is what `hub` stands for."""
+    """The local file that `source` means, downloaded (once) if need be; `name` is what `hub` stands for.
+
+    Of a folder with shards it is their index, of a distributed checkpoint the folder.
+    """
     path = Path(source).expanduser()
     if source.startswith("package:"):
         path = Path(__file__).parent / source.removeprefix("package:")
@@ -60,26 +68,36 @@ def locate(source: str, name: str) -> Path:
         return _download(source)
     elif source == "hub" or (timm.is_model(source) and not path.exists()):
         return _from_hub(name if source == "hub" else source)
+    if path.is_dir():
+        return folders.find_weights(path)
     if not path.is_file():
         raise NecoError(f"weights {source}: no such file ({path.absolute()}) and no hub name that timm knows")
+    folders.check_no_shard(path)
     return path
 
 
 def read(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]:
     """All tensors of a file, keys of nested dictionaries joined by dots, memory-mapped where the format allows it."""
     try:
-        return _flatten(contents(path, trust_pickle))
+        return dict(_flatten(contents(path, trust_pickle), itertools.count()))
     except RecursionError as error:
         raise NecoError(f"{path} holds itself, or is nested too deep") from error
 
 
 def contents(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
-    """What a weights file or checkpoint holds. Raises NecoError for one that is damaged, of another kind or unsafe."""
-    zipped = zipfile.is_zipfile(path)
+    """What a weights file, an index of shards, a distributed checkpoint (a folder) or a checkpoint holds.
+
+    Raises NecoError for one that is damaged, of another kind or unsafe.
+    """
+    if path.is_dir():
+        return folders.read_distributed(path, _tensor, _of_networks)
+    if path.name.endswith(folders.INDEX):
+        return folders.read_index(path, functools.partial(read, trust_pickle=trust_pickle))
+    zipped, stored = zipfile.is_zipfile(path), False
     try:
         if zipped:
             status = path.stat()
-            _check(path, status.st_ino, status.st_size, status.st_mtime_ns)
+            stored = _check(path, status.st_ino, status.st_size, status.st_mtime_ns)
         if is_safetensors(path):
             return safetensors.torch.load_file(path)
         if zipped and _is_program(path):
@@ -88,9 +106,8 @@ def contents(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
         with torch.serialization.safe_globals(_harmless()):
             try:
-                held = torch.load(
-                    path, map_location="cpu", weights_only=not trust_pickle, mmap=zipped and files.can_be_mapped(path)
-                )
+                mapped = stored and files.can_be_mapped(path)
+                held = torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=mapped)
             except UnpicklingError as error:  # it names the first class; of most files all can be had
                 if zipped and (unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(path)):
                     raise UnpicklingError("".join(f"GLOBAL {name} " for name in unsafe)) from error
@@ -115,14 +132,54 @@ def contents(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _check(path: Path, *state: int) -> None:
-    """Raises BadZipFile where a part of an archive is not what its checksum says; torch never looks. 3 GB a second."""
-    with zipfile.ZipFile(path) as archive:
-        for part in archive.infolist():
+def _check(path: Path, *state: int) -> bool:
+    """Whether no part of an archive is compressed, so that torch may map it; of others it would map what is compressed.
+
+    Raises BadZipFile where a part is not what its checksum says, which torch never looks at (3 GB a second), or where
+    the parts are far larger than the file.
+    """
+    with path.open("rb") as file:
+        return _check_archive(file)
+
+
+def _check_archive(file: IO[bytes]) -> bool:
+    size = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+        if (unpacked := sum(part.file_size for part in parts)) > size * (1 if stored else EXPANSION):
+            raise zipfile.BadZipFile(f"its parts claim {unpacked} bytes, the file has {size}")
+        for part in parts:
             if part.CRC:  # else written without
-                with archive.open(part) as file:
-                    while file.read(1 << 22):
+                with archive.open(part) as opened:
+                    while opened.read(1 << 22):
                         pass
+    return stored
+
+
+def _tensor(file: io.BytesIO) -> Any:
+    """What a file of torch in memory holds, if that is harmless and backed by the file."""
+    _check_archive(file)
+    file.seek(0)
+    held = torch.load(file, map_location="cpu", weights_only=True)
+    if isinstance(held, Tensor):
+        check_backed({"a chunk": held}, "the checkpoint")
+    return held
+
+
+def _of_networks(keys: list[str]) -> set[str]:
+    """Those of the keys that belong to networks."""
+    prefixes = {prefix for key in keys if (prefix := begins(unwrap_name(key))) is not None}
+    return {key for key in keys if unwrap_name(key).startswith((*prefixes,))}
+
+
+def check_backed(held: Mapping[str, Tensor], where: str) -> None:
+    """Raise Damaged where tensors claim more bytes than the file holds for them: repeated, whoever copies them pays."""
+    plain = [value for value in held.values() if value.layout == torch.strided and not value.is_meta]
+    storages = [value.untyped_storage() for value in plain]
+    there = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if (claimed := sum(value.numel() * value.element_size() for value in plain)) > there:
+        raise Damaged(f"{where} claims {claimed} bytes of weights, and holds {there}: its tensors repeat what is there")
 
 
 def header(path: Path) -> dict[str, Any]:
@@ -152,11 +209,19 @@ def _forget_default(*default: Any) -> dict[Any, Any]:
     return OrderedDict()
 
 
+class _Type:
+    """In the place of one of Python's types, which files name as one; called, list(bytes(10**10)) would take memory."""
+
+    def __init__(self, *given: Any) -> None: ...
+
+
 @functools.cache
 def _harmless() -> list[Any]:
     scalar = np.float64().__reduce__()[0]
     known: list[Any] = [type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]]
     known += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    types = ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes")
+    known += [(type(kind, (_Type,), {}), f"builtins.{kind}") for kind in types]
     known += [(PureWindowsPath, "pathlib.WindowsPath"), (_forget_default, "collections.defaultdict")]
     for name in HARMLESS:
         module, _, attribute = name.rpartition(".")
@@ -165,19 +230,20 @@ def _harmless() -> list[Any]:
     return known
 
 
-def _flatten(tree: Any, path: str = "", depth: int = 0) -> dict[str, Tensor]:
+def _flatten(tree: Any, count: Iterator[int], path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dictionaries with their dotted names, each once. `count` counts what was visited."""
     if isinstance(tree, Tensor):
-        return {path: tree}
-    if depth > 30:
+        yield path, tree
+    if depth > 30 or next(count) > MOST:
         raise RecursionError
+    seen: set[str] = set()
     items = tree.items() if isinstance(tree, dict) else ()  # no other mapping: OmegaConf's would resolve what it holds
-    flat: dict[str, Tensor] = {}
     for key, value in items:
-        found = _flatten(value, f"{path}.{key}".lstrip("."), depth + 1)
-        if twice := flat.keys() & found.keys():
-            raise NecoError(f"a file of weights holds {min(twice)} twice")
-        flat |= found
-    return flat
+        for name, tensor in _flatten(value, count, f"{path}.{key}".lstrip("."), depth + 1):
+            if name in seen:
+                raise NecoError(f"a file of weights holds {name} twice")
+            seen.add(name)
+            yield name, tensor
 
 
 def _unreachable(what: str, error: Exception) -> NecoError:

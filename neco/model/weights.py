@@ -1,21 +1,20 @@
 """Weights of a backbone from wherever they are: recognised from their keys, matched strictly, never through pickle."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neco.config import call
 from neco.errors import NecoError
 from neco.model import lora
 from neco.model.backbone import Backbone
-from neco.model.layouts import begins, match, recognise
-from neco.model.sources import Damaged, cache_of, header, locate, read
+from neco.model.layouts import begins, match, recognise, unwrap
+from neco.model.sources import Damaged, cache_of, check_backed, header, locate, read
 
-Which = Literal["auto", "student", "teacher"]
+Which = str  # auto, student, teacher, or what the keys of one of a file's networks begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,8 @@ def load(
         source: `none` (leave it random), `hub` (the published weights of its name), another hub name of timm, a URL,
             a file (.pth .pt .ckpt .safetensors) or `package:FILE`; None means `backbone.weights`.
         which: the network of a file that holds student and teacher; `auto` is the one that its authors evaluate:
-            the teacher, but of MoCo v3, Leopart and TimeT the student.
+            the teacher, but of MoCo v3, Leopart and TimeT the student. Of any other two networks, what the keys of
+            the one begin with.
         trust_pickle: let a file run whatever it says while it is read, which some old ones need.
 
     Raises:
@@ -77,30 +77,56 @@ def load(
     if source == "none":
         return Report("none", "random", "only", weights_hash(backbone))
     path = locate(source, backbone.spec["name"])
+    state, report = find(backbone, path, source, which, trust_pickle=trust_pickle)
+    where = f"{source} ({report.format})"
+    if broken := [key for key, value in state.items() if not value.float().isfinite().all()]:
+        raise NecoError(f"{where} has values that are not finite in {len(broken)} tensors: {', '.join(broken[:10])}")
+    backbone.net.load_state_dict(state)
+    digest, noted = weights_hash(backbone), header(path).get("weights")
+    if noted not in (None, digest) and not report.ignored:
+        raise Damaged(f"{path} is damaged: its weights are {digest} and not {noted}, which were written")
+    return replace(report, hash=digest)
+
+
+def check(outline: Backbone, source: str | None, which: Which = "auto", *, trust_pickle: bool = False) -> None:
+    """Raise NecoError where `load` would find that a local file does not fit; takes no memory for a network.
+
+    Args:
+        outline: the network on the meta device. Where the file itself describes it, only this tells that the
+            description is true: a header of a hundred bytes can ask for any width.
+    """
+    if source and source != "none" and Path(source).expanduser().exists():
+        find(outline, locate(source, ""), source, which, trust_pickle=trust_pickle)
+
+
+def find(
+    backbone: Backbone, path: Path, source: str, which: Which = "auto", *, trust_pickle: bool = False
+) -> tuple[dict[str, Tensor], Report]:
+    """The state of `backbone.net`, which may be on the meta device, in a file, and how its keys were used (no `hash`).
+
+    Raises as `load` does, but does not look at values. `source` is what messages call the file.
+    """
     try:
-        held = read(path, trust_pickle)
+        held = unwrap(read(path, trust_pickle))
+        layout, networks = recognise(held, source, which)
+        role = which if which in ("student", "teacher") else next(iter(networks))
+        if role not in networks:
+            found = "one plain network" if "only" in networks else f"the {', '.join(networks)} only"
+            raise NecoError(f"weights={which}: {source} holds {found}; use weights=auto")
+        prefix = networks[role]
+        inside = {key.removeprefix(prefix): value for key, value in held.items() if key.startswith(prefix)}
+        check_backed(inside, source)
     except Damaged as error:
         if path == cache_of(source):
             path.unlink(missing_ok=True)
             raise NecoError(f"{error}. The download was removed: the same command fetches it again") from error
         raise
-    layout, networks = recognise(held, source)
-    role = next(iter(networks)) if which == "auto" else which
-    if role not in networks:
-        found = "one plain network" if "only" in networks else f"the {', '.join(networks)} only"
-        raise NecoError(f"weights={which}: {source} holds {found}; use weights=auto")
-    prefix = networks[role]
-    inside = {key.removeprefix(prefix): value for key, value in held.items() if key.startswith(prefix)}
     folded = call(lora.fold, f"{source} ({layout})", state=inside)
     state, ignored = match(backbone, folded, f"{source} ({layout})")
-    backbone.net.load_state_dict(state)
-    digest, noted = weights_hash(backbone), header(path).get("weights")
-    if noted not in (None, digest) and not ignored:
-        raise Damaged(f"{path} is damaged: its weights are {digest} and not {noted}, which were written")
     others = tuple(p.rstrip(".") for key in held if (p := begins(key)) is not None and p != prefix)
     stored = tuple(sorted({str(value.dtype).removeprefix("torch.") for value in state.values()} - {"float32"}))
     counts = len(held) - len(inside), len(folded.keys() - inside.keys())
-    return Report(source, layout, role, digest, len(state), ignored, *counts, others, stored)
+    return state, Report(source, layout, role, "", len(state), ignored, *counts, others, stored)
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -17,7 +17,7 @@ from neco.dataset.base import Dataset
 from neco.dataset.inspect import check_classes, inspect
 from neco.errors import NecoError
 from neco.eval.base import size_name
-from neco.model import last_checkpoint, trained_model
+from neco.model import last_checkpoint, trained_model, weights
 from neco.model.backbone import Attention, Backbone
 from neco.model.weights import Which, locate
 from neco.schema import Trainings
@@ -112,8 +112,15 @@ def source_of_weights(settings: Settings) -> tuple[str | None, Which]:
 def model_of(settings: Settings, source: str | None) -> dict[str, Any]:
     """The `model` node: that with which `source` was made, `model.KEY=VALUE` changed in it; or the one that was chosen.
 
-    Raises NecoError for a file that does not say it where nothing was chosen.
+    Raises NecoError for a file that does not say it where nothing was chosen, and for one that does not fit: before
+    memory is taken for a network that the file only claims to hold.
     """
+    model = _model_of(settings, source)
+    weights.check(outline(model), source, settings.run.weights, trust_pickle=settings.run.trust_pickle)
+    return model
+
+
+def _model_of(settings: Settings, source: str | None) -> dict[str, Any]:
     given, known = settings.config["model"], source not in (None, "none")
     named = any(re.match(r"[+~]*(model|experiment|sweep)[=@]", override) for override in settings.overrides)
     if named:

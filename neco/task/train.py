@@ -13,6 +13,7 @@ from neco.commands import format_command, key_of, override, select
 from neco.config import Settings, call, nearest
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
+from neco.model import weights
 from neco.model.backbone import Backbone
 from neco.results import Objective
 from neco.schema import Train
@@ -63,13 +64,14 @@ def prepare(settings: Settings) -> Job:
     check_devices(options, device)
     compiles = compiled.wanted(options, device)
     network = outline(settings.config.get("model"))
+    source, which = source_of_weights(settings)
+    weights.check(network, source, which, trust_pickle=settings.run.trust_pickle)
     views = call(settings.build("augment").resolve, "augment", patch=network.patch, size=network.size)
     trainable.restrict(network, options)
     with torch.device("meta"):
         settings.build("head", dim=network.dim)
     loss = settings.build("loss")
     call(loss.check, "loss", device=device)
-    source_of_weights(settings)
     check_resume(options)
     dataset = settings.build("dataset")
     samples = call(dataset.samples, "dataset", split="train")
