@@ -122,6 +122,11 @@ def begins(key: str) -> str | None:
     return key[: found.start()] if found else None
 
 
+def is_ignorable(key: str) -> bool:
+    """Whether a backbone does without it."""
+    return any(re.fullmatch(keys, key) for keys, _ in IGNORABLE)
+
+
 def unwrap_name(key: str) -> str:
     """A key without the names of `WRAPPERS`."""
     return re.sub(WRAPPERS, "", key)

@@ -11,7 +11,7 @@ from neco.config import call
 from neco.errors import NecoError
 from neco.model import lora
 from neco.model.backbone import Backbone
-from neco.model.layouts import begins, match, recognise, unwrap
+from neco.model.layouts import begins, is_ignorable, match, recognise, unwrap
 from neco.model.sources import Damaged, cache_of, check_backed, header, locate, read
 
 Which = str  # auto, student, teacher, or what the keys of one of a file's networks begin with
@@ -114,8 +114,11 @@ def find(
             found = "one plain network" if "only" in networks else f"the {', '.join(networks)} only"
             raise NecoError(f"weights={which}: {source} holds {found}; use weights=auto")
         prefix = networks[role]
-        inside = {key.removeprefix(prefix): value for key, value in held.items() if key.startswith(prefix)}
-        check_backed(inside, source)
+        other = [p for key in held if (p := begins(key)) is not None and p != prefix]
+        deeper = tuple(p for p in other if p.startswith(prefix))
+        own = [key for key in held if key.startswith(prefix) and not (deeper and key.startswith(deeper))]
+        inside = {key.removeprefix(prefix): held[key] for key in own}
+        check_backed({key: value for key, value in inside.items() if not is_ignorable(key)}, source)
     except Damaged as error:
         if path == cache_of(source):
             path.unlink(missing_ok=True)
@@ -123,10 +126,11 @@ def find(
         raise
     folded = call(lora.fold, f"{source} ({layout})", state=inside)
     state, ignored = match(backbone, folded, f"{source} ({layout})")
-    others = tuple(p.rstrip(".") for key in held if (p := begins(key)) is not None and p != prefix)
     stored = tuple(sorted({str(value.dtype).removeprefix("torch.") for value in state.values()} - {"float32"}))
     counts = len(held) - len(inside), len(folded.keys() - inside.keys())
-    return state, Report(source, layout, role, "", len(state), ignored, *counts, others, stored)
+    return state, Report(
+        source, layout, role, "", len(state), ignored, *counts, tuple(p.rstrip(".") for p in other), stored
+    )
 
 
 def weights_hash(module: nn.Module) -> str:

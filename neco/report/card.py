@@ -53,7 +53,7 @@ def card(
     training: Training | None,
 ) -> str:
     """Markdown with the front matter of a model hub. `file` is the name of the weights beside it."""
-    title = network.spec["name"] + (f", {TASKS[training.task].partition(' ')[0].lower()} with neco" if training else "")
+    title = network.architecture + (f", {TASKS[training.task].partition(' ')[0].lower()} with neco" if training else "")
     head = {
         "library_name": {"timm": "timm", "onnx": "onnx"}.get(form, "pytorch"),
         "pipeline_tag": "image-feature-extraction",

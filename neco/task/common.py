@@ -12,7 +12,7 @@ import timm
 import torch
 
 from neco import devices, files, processes
-from neco.config import Settings, build, call, examine, options
+from neco.config import Settings, build, call, examine, option, options
 from neco.dataset.base import Dataset
 from neco.dataset.inspect import check_classes, inspect
 from neco.errors import NecoError
@@ -139,6 +139,18 @@ def _model_of(settings: Settings, source: str | None) -> dict[str, Any]:
     if known and not named:
         raise NecoError(f"checkpoint={source} does not say which network it is: add model=NAME (--help lists them)")
     return given
+
+
+def network_name(settings: Settings, model: Mapping[str, Any]) -> str:
+    """What to call the network of a `model` node: the chosen option, or timm's architecture without its tag.
+
+    The tag names weights of timm, which the network need not have: mocov3_vits16 is `vit_small_patch16_224.dino` there.
+    """
+    architecture = str(model["name"]).partition(".")[0]
+    chosen = settings.choices.get("model")
+    if chosen in options("model") and option("model", chosen, settings.config)["name"] == model["name"]:
+        return f"{chosen} ({architecture})"
+    return architecture
 
 
 def _copy(source: Mapping[str, Any], target: dict[str, Any], key: str, *more: str) -> None:

@@ -36,7 +36,7 @@ from neco.model import weights
 from neco.progress import track
 from neco.schema import Embed
 from neco.task import used_data
-from neco.task.common import choose_device, device_name, locked, model_of, outline, source_of_weights
+from neco.task.common import choose_device, device_name, locked, model_of, network_name, outline, source_of_weights
 from neco.training.bad import look, too_many
 from neco.workers import named_workers, start_worker
 
@@ -235,7 +235,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         torch.manual_seed(settings.run.seed)
         backbone = build(job.model, "model")
         report = weights.load(backbone, job.source, job.which, trust_pickle=settings.run.trust_pickle)
-        log.info("%s: %s", job.model["name"], report)
+        log.info("%s: %s", network_name(settings, job.model), report)
         size = side_rule(options, backbone.patch, job.dataset)
         shards = Shards(output, _asked(options, size, backbone, report.hash, job.samples), options, job.samples)
         what = settings.config, settings.overrides, settings.choices

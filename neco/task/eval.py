@@ -19,6 +19,7 @@ from neco.task.common import (
     device_name,
     locked,
     model_of,
+    network_name,
     outline,
     source_of_weights,
 )
@@ -72,7 +73,7 @@ def main(settings: Settings, job: Job, output: Path) -> results.Objective:
         backbone = build(job.model, "model")
         trust = settings.run.trust_pickle
         told = weights.load(backbone, job.source, job.which, trust_pickle=trust)
-        log.info("%s: %s", job.model["name"], told)
+        log.info("%s: %s", network_name(settings, job.model), told)
         network = {"only": "backbone"}.get(told.which, told.which)
         name = settings.choices["dataset"]
         networks, origins = {network: backbone.to(job.device)}, {network: origin(settings, job.source)}

@@ -13,7 +13,7 @@ from neco.config import Settings, build
 from neco.errors import NecoError
 from neco.model import export, weights
 from neco.report import card
-from neco.task.common import locked, model_of, outline, source_of_weights
+from neco.task.common import locked, model_of, network_name, outline, source_of_weights
 from neco.task.run import FREE
 from neco.yaml_file import load_yaml
 
@@ -69,7 +69,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         torch.manual_seed(run.seed)
         backbone = build(job.model, "model")
         report = weights.load(backbone, job.source, job.which, trust_pickle=run.trust_pickle)
-        log.info("%s: %s", job.model["name"], report)
+        log.info("%s: %s", network_name(settings, job.model), report)
         spec = json.loads(json.dumps(backbone.spec))  # heads and such, which no hash of weights shows
         same = {"weights": report.hash, "spec": spec}
         records = [record for record in job.records if same.items() <= record.items()]

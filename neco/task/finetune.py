@@ -24,6 +24,7 @@ from neco.task.common import (
     device_name,
     locked,
     model_of,
+    network_name,
     outline,
     source_of_weights,
 )
@@ -137,12 +138,13 @@ def _finetune(settings: Settings, job: Job, run: Run) -> Objective | None:
         run.measure({"segmenter": trained.segmenter}, job.dataset, name, step, {"segmentation": job.windows})
 
     plan, network, decoder = job.plan, job.network, module.segmenter.decoder
+    called = network_name(settings, settings.config["model"])
     marks = sorted({*plan.marks(options.eval_epochs), plan.steps})
     low, high = options.scale
     side = f"a short side of {job.windows.side} pixels" if job.windows.side else "their own size"
     announce({
         "data": f"{images(name, job.shares)}, {len(classes)} classes",
-        "backbone": f"{network.spec['name']}: patch {network.patch}, width {network.dim}, {network.depth} blocks",
+        "backbone": f"{called}: patch {network.patch}, width {network.dim}, {network.depth} blocks",
         "start": start,
         "trained": f"{millions(backbone)} of the backbone + {millions(decoder)} of the decoder ({options.decoder})",
         "crops": f"{job.crops.crop} pixels of images at {low:g} to {high:g} times {side}",
