@@ -101,7 +101,7 @@ def called(path: Path) -> None:
 
 
 FILES = {
-    "head.safetensors": (head, "holds no head that eval=linear wrote"),
+    "head.safetensors": (head, "holds no head that eval=linear wrote: Error(s) in loading state_dict"),
     "wide.safetensors": (lambda path: note(path, WIDE), "does not fit vit_small_patch14_dinov2"),
     "wide.ckpt": (lambda path: own(path, {"patch_embed.proj.weight": torch.zeros(1)}), "does not fit vit_small"),
     "deep.safetensors": (lambda path: note(path, {"depth": 60_000}), f"at most {DEEPEST} blocks"),

@@ -6,6 +6,7 @@ Shapes: B images, H W pixels, h w patches, D channels, C classes; G = GRID.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -79,7 +80,8 @@ def load_head(path: str | Path) -> tuple[Head, dict[str, str], str]:
             about, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         kind, dim, classes = about["kind"], int(about["dim"]), len(json.loads(about["classes"]))
         about = {key: about[key] for key in ABOUT}
-        sides([int(side) for side in about["size"].split("x")])
+        if not re.fullmatch(r"\d{1,5}(x\d{1,5})?", about["size"]):
+            raise ValueError(f"its size is {about['size']!r:.40}")
         with torch.device("meta"):  # a header can claim any size: memory is taken for what the tensors bear out
             Head(kind, dim, classes).load_state_dict(state, assign=True)  # type: ignore[arg-type]
         head = Head(kind, dim, classes)  # type: ignore[arg-type]
