@@ -1,5 +1,6 @@
 """Files that claim more than they hold are refused before memory is taken: measured, in a process of its own."""
 
+import gzip
 import json
 import pickle
 import subprocess
@@ -100,6 +101,10 @@ def called(path: Path) -> None:
     torch.save({"a": Reduced(list, Reduced(bytes, 50_000_000))}, path)
 
 
+def array(path: Path, zipped: bool) -> None:
+    torch.save({"a": Reduced(bytearray, 400_000_000)}, path, _use_new_zipfile_serialization=zipped)
+
+
 FILES = {
     "head.safetensors": (head, "holds no head that eval=linear wrote: Error(s) in loading state_dict"),
     "wide.safetensors": (lambda path: note(path, WIDE), "does not fit vit_small_patch14_dinov2"),
@@ -109,6 +114,8 @@ FILES = {
     "shared.ckpt": (shared, "its tensors repeat what is there"),
     "thin.ckpt": (thin, "the adapters of blocks.0.attn.proj.weight do not fit"),
     "called.pth": (called, "say which network it is"),
+    "array.pth": (lambda path: array(path, True), "needs pickle, which can run any code, for: builtins.bytearray"),
+    "legacy.pth": (lambda path: array(path, False), "needs pickle, which can run any code, for: builtins.bytearray"),
 }
 
 
@@ -147,6 +154,18 @@ def test_archives_that_were_compressed(tmp_path: Path, repeat: int) -> None:
             NecoError, match=r"y\.pth cannot be read as weights .*: its parts claim \d+ bytes, the file"
         ):
             load(backbone(), tmp_path / "y.pth")
+
+
+@pytest.mark.parametrize("pack", ["zip", "gzip"])
+def test_what_is_packed_once_more_is_told(tmp_path: Path, pack: str) -> None:
+    torch.save(Hub().w, tmp_path / "x.pth")
+    if pack == "zip":
+        with zipfile.ZipFile(tmp_path / "y.pth", "w") as archive:
+            archive.write(tmp_path / "x.pth", "x.pth")
+    else:
+        (tmp_path / "y.pth").write_bytes(gzip.compress((tmp_path / "x.pth").read_bytes(), 1))
+    with pytest.raises(NecoError, match=r"it is (an archive of x\.pth|compressed with gzip): unpack it first"):
+        load(backbone(), tmp_path / "y.pth")
 
 
 def test_dictionaries_within_each_other_end(tmp_path: Path) -> None:

@@ -140,7 +140,12 @@ def test_files_that_are_no_weights(tmp_path: Path, name: str) -> None:
         ({"features.0.weight": torch.ones(1)}, "auto", r"no layout.*features\.0\.weight"),
         ({"epoch": 3}, "auto", "no tensors"),
         ({"a": Hub().w, "b": Hub().w}, "auto", r"several networks that could be meant, a and b: .*weights=a$"),
-        ({"a": Hub().w, "b": Hub().w}, "c", r"weights=c: .*holds no network of that name, but a and b$"),
+        (
+            {"a": Hub().w, "b": Hub().w},
+            "c",
+            r"weights=c: .*holds no network of that name, but a and b; there is: auto, ",
+        ),
+        ({"a": Hub().w, "b": Hub().w}, "techer", r"weights=techer: .*; did you mean 'teacher'\?$"),
     ],
 )
 def test_files_without_the_network_asked_for(saved: Any, content: Any, which: Any, message: str) -> None:

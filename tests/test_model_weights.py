@@ -251,6 +251,7 @@ WRAPPED = {
     "patch embedding": lambda s: {k.replace("patch_embed.proj", "patch_embed._orig_mod.proj"): v for k, v in s.items()},
     "pretrained": lambda s: prefixed(s, "pretrained.") | {"depth_head.weight": torch.ones(1)},
     "encoder": lambda s: lightning(prefixed(s, "encoder.") | {"decoder.0.weight": torch.ones(1)}),
+    "averaged": lambda s: prefixed(s, "module.") | {"n_averaged": torch.tensor(3)},
     "peft": lambda s: prefixed(s, "base_model.model."),
     "deep": lambda s: {"a": {"student_of_mine": prefixed(s, "image_encoder.module.trunk.")}},
     "transformers in a whole": lambda s: renamed(three(s), DINOV2, "net.image_tower.module."),
@@ -261,12 +262,17 @@ WRAPPED = {
 def test_one_network_under_any_name_and_wrapped_anywhere(saved: Any, how: str) -> None:
     hub, net = Hub(seed=6), backbone()
     report = load(net, saved(WRAPPED[how](hub.w)))
-    assert same(net, hub) and report.which == "only" and set(report.ignored) <= {"mask_token", "depth_head.weight"}
+    assert same(net, hub) and report.which == "only" and set(report.ignored) <= {"mask_token", "n_averaged"}
 
 
 def test_of_several_networks_the_one_is_named(saved: Any) -> None:
     one, other, net = Hub(seed=1), Hub(seed=2), backbone()
     held = {"left": prefixed(one.w, "encoder.module."), "right": prefixed(other.w, "encoder.")} | one.w
+    held_twice = {"q.encoder": one.w, "k.encoder": other.w, "k.decoder": one.w}
+    assert load(net, saved({"encoder_q": one.w, "encoder_k": other.w}), "encoder_k") and same(net, other)
+    assert load(net, saved(held_twice), "decoder") and same(net, one)
+    with pytest.raises(NecoError, match=r"q\.encoder and k\.encoder: choose with weights=q\.encoder"):
+        load(net, saved(held_twice), "encoder")
     with pytest.raises(NecoError, match=r"no network of that name, but left\.encoder and right\.encoder and \. \(the"):
         load(net, saved({**held, "cls_token": one.w["cls_token"]}), "others")
     for which, hub in (("left.encoder", one), ("right.encoder.", other), (".", one)):

@@ -14,6 +14,7 @@ from neco import config, load_backbone
 from neco.errors import NecoError
 from neco.eval.overcluster import Overcluster
 from neco.model.weights import weights_hash
+from neco.task.common import network_name
 
 FEW = ("task=eval", "dataset.train=12", "dataset.val=6", "extract.workers=0")
 LIGHT = {
@@ -204,6 +205,41 @@ def test_what_would_fail_later_fails_at_once(cache, options, words):
     wanted = config.load("dataset.train=12", "dataset.val=6", f"cache_dir={cache}", *options)
     with pytest.raises(NecoError, match=words):
         task.prepare(wanted)
+
+
+def test_weights_that_do_not_fit_are_named_before_a_network_is_built(cache, tmp_path, monkeypatch):
+    """What a file says of itself is compared with its tensors first, and so is what was chosen for it."""
+    from neco.task import eval as task
+
+    wide = {"_target_": "neco.model.backbone.Backbone", "name": "vit_tiny_patch16_224", "size": 64}
+    state = {"student.backbone.net.patch_embed.proj.weight": torch.zeros(1)}
+    held = {
+        "state_dict": state,
+        "neco": {"config": {"model": {**wide, "arch": {"embed_dim": 65536, "depth": 9, "num_heads": 1}}}},
+    }
+    torch.save(held, tmp_path / "x.ckpt")
+    monkeypatch.setattr(task, "build", None)
+    chosen = ("eval=retrieval", *LIGHT["retrieval"], f"cache_dir={cache}")
+    for options, words in (
+        ([f"checkpoint={tmp_path / 'x.ckpt'}"], r"x\.ckpt .* does not fit vit_tiny_patch16_224: \d+ keys"),
+        ([f"checkpoint={tmp_path / 'x.ckpt'}", "model=tiny"], "does not fit vit_tiny_patch16_224"),
+        ([f"compare={tmp_path / 'x.ckpt'}"], "^compare: .* does not fit vit_tiny_patch16_224"),
+    ):
+        with pytest.raises(NecoError, match=words):
+            task.prepare(config.load(*FEW, *chosen, *options))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["model=mocov3_vits16"], "mocov3_vits16 (vit_small_patch16_224)"),
+        (["model=dino_vits16"], "dino_vits16 (vit_small_patch16_224)"),
+        (["model=tiny", "model.name=vit_small_patch16_224.dino"], "vit_small_patch16_224"),
+    ],
+)
+def test_a_network_is_not_called_by_other_weights_of_timm(options, name):
+    wanted = config.load(*FEW, *options)
+    assert network_name(wanted, wanted.config["model"]) == name
 
 
 def test_run_without_a_checkpoint_is_named(tmp_path):

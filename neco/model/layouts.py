@@ -111,6 +111,7 @@ IGNORABLE = (  # (keys, why a backbone does without them)
     (r"fc_norm\..+", "norms the mean of patches"),
     (r"rope_embed(dings)?\..+", "fixed frequencies, which the network computes"),
     (r"position_ids", "a range, not a weight"),
+    (r"n_averaged", "a count, not a weight"),
     (r"(local_)?cls_norm\..+", "norms CLS alone"),
 )
 DROPPED = (r"reg_token", "registers=drop")
@@ -144,7 +145,8 @@ def recognise(held: Mapping[str, Tensor], source: str = "file", which: str = "au
 
     Args:
         held: as `unwrap` returns it.
-        which: `auto`, a role of `FORMATS`, or what the keys of the network begin with (`.` where that is nothing).
+        which: `auto`, a role of `FORMATS`, or what the keys of the network begin with, or its last part (`.` where that
+            is nothing).
 
     Raises:
         NecoError: no network, or several of which `which` chooses none.
@@ -152,8 +154,12 @@ def recognise(held: Mapping[str, Tensor], source: str = "file", which: str = "au
     prefixes = [prefix for key in held if (prefix := begins(key)) is not None]
     if which not in ("auto", "student", "teacher"):
         chosen = [prefix for prefix in prefixes if prefix.strip(".") == which.strip(".")]
+        chosen = chosen or [
+            prefix for prefix in prefixes if which.strip(".") and f".{prefix}".endswith(f".{which.strip('.')}.")
+        ]
         if not chosen:
-            raise NecoError(f"weights={which}: {source} holds no network of that name, but {_named(prefixes)}")
+            near = config.nearest(which, ["auto", "student", "teacher", "none"])
+            raise NecoError(f"weights={which}: {source} holds no network of that name, but {_named(prefixes)}{near}")
         prefixes = chosen
     for layout in FORMATS:
         places = {r: [p for p in prefixes if re.fullmatch(pattern, p)] for r, pattern in layout.networks.items()}

@@ -51,6 +51,9 @@ def prepare(settings: Settings) -> Job:
         beside, _ = call(source_of_weights, "compare", settings=other)
     model = model_of(settings, source)
     network = outline(model)
+    if beside != "own":
+        trust = settings.run.trust_pickle
+        call(weights.check, "compare", outline=network, source=beside, trust_pickle=trust)
     dataset = settings.build("dataset")
     if not settings.config["eval"]:
         raise NecoError("eval=[]: nothing to evaluate; choose for example eval=[retrieval,overcluster]")
