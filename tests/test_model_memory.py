@@ -37,7 +37,7 @@ def peak():
 for path in sys.argv[1:]:
     before = peak()
     try:
-        (load_head if "head" in path else load_backbone)(path)
+        load_head(path) if "head" in path else load_backbone(path, weights="none" if "random" in path else "auto")
         said = "accepted"
     except NecoError as error:
         said = str(error).replace(chr(10), " ")
@@ -108,6 +108,7 @@ def array(path: Path, zipped: bool) -> None:
 FILES = {
     "head.safetensors": (head, "holds no head that eval=linear wrote: Error(s) in loading state_dict"),
     "wide.safetensors": (lambda path: note(path, WIDE), "does not fit vit_small_patch14_dinov2"),
+    "random.safetensors": (lambda path: note(path, WIDE), "does not fit vit_small_patch14_dinov2"),
     "wide.ckpt": (lambda path: own(path, {"patch_embed.proj.weight": torch.zeros(1)}), "does not fit vit_small"),
     "deep.safetensors": (lambda path: note(path, {"depth": 60_000}), f"at most {DEEPEST} blocks"),
     "repeated.ckpt": (repeated, "its tensors repeat what is there"),

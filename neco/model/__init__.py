@@ -108,10 +108,9 @@ def load_backbone(
             near = config.nearest(str(model), sorted(options))
             raise NecoError(f"{source}: say which network it is with model=NAME of conf/model (got {model!r}{near})")
         node = yaml.safe_load(options[model].read_text())
-    if weights == "none":
-        return config.build(node, "model").eval().requires_grad_(False)  # type: ignore[no-any-return]
+    which = "auto" if weights == "none" else weights
     with torch.device("meta"):  # what a file says of itself takes no memory until its tensors bear it out
-        _weights.check(config.build(node, "model"), source, weights, trust_pickle=trust_pickle)
+        _weights.check(config.build(node, "model"), source, which, trust_pickle=trust_pickle)
     backbone = config.build(node, "model")
-    _weights.load(backbone, source or None, weights, trust_pickle=trust_pickle)
+    _weights.load(backbone, "none" if weights == "none" else source or None, which, trust_pickle=trust_pickle)
     return backbone.eval().requires_grad_(False)

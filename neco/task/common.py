@@ -146,10 +146,9 @@ def network_name(settings: Settings, model: Mapping[str, Any]) -> str:
 
     The tag names weights of timm, which the network need not have: mocov3_vits16 is `vit_small_patch16_224.dino` there.
     """
-    architecture = str(model["name"]).partition(".")[0]
-    chosen = settings.choices.get("model")
-    if chosen in options("model") and option("model", chosen, settings.config)["name"] == model["name"]:
-        return f"{chosen} ({architecture})"
+    architecture, chosen = str(model.get("name", "")).partition(".")[0], settings.choices.get("model")
+    if chosen in options("model") and option("model", chosen, settings.config).get("name") == model.get("name"):
+        return f"{chosen} ({architecture})" if architecture else f"{chosen}"
     return architecture
 
 
