@@ -74,7 +74,7 @@ def _give_up(error: RuntimeError) -> None:
 def _shared() -> str:
     with contextlib.suppress(OSError):
         held = os.statvfs(SHARED)
-        return f"{SHARED} has {held.f_frsize * held.f_blocks / 2**20:.0f} MB, too few for batches of images"
+        return f"{SHARED} has {held.f_frsize * held.f_blocks / 2**20:.0f} MB, not enough for batches of images"
     return f"there is no {SHARED}"
 
 
@@ -94,7 +94,7 @@ def named_workers() -> Iterator[None]:
         why = told[0].rstrip(".") if told else f"{type(error).__name__}: {error}"
         advice = "Mostly memory is short: lower the number of workers (train.workers, extract.workers)"
         if "Bus error" in why:
-            why, advice = why.partition(". It is possible")[0], f"{_shared()}; take {ROOM}"
+            why, advice = why.partition(". It is")[0], f"{_shared()}; take {ROOM}"
         elif "ancdata" in why:
             advice = "Too many files are open: raise the limit (ulimit -n 65536) or lower the number of workers"
         raise NecoError(

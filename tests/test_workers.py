@@ -40,7 +40,7 @@ def test_batches_that_do_not_fit_into_shared_memory_go_through_pipes():
     assert done.stdout.splitlines() == ["[0, 1, 2, 3] 6", "[4, 5, 6, 7] 22"] * 2
     said = done.stderr.splitlines()
     assert len(said) == 2, "once a loader"
-    assert all(line.startswith("/dev/shm has 1 MB, too few for batches of images") for line in said)
+    assert all(line.startswith("/dev/shm has 1 MB, not enough for batches of images") for line in said)
     assert all("docker run --shm-size=8g" in line and "train.workers" in line for line in said)
 
 
