@@ -16,6 +16,7 @@ from typing import Any
 
 from neco import config, files, interrupt, processes, startup
 from neco.errors import NecoError
+from neco.masking import print_exception, print_line
 from neco.user_options import check_option_file, check_override, is_option_file, machine_files
 from neco.yaml_file import load_yaml
 
@@ -143,6 +144,8 @@ def run(cfg: Any) -> Any:
 
     if not devices.leader():
         logging.getLogger("neco").setLevel(logging.WARNING)
+    if chosen.run.show and chosen.run.task in ("embed", "export", "report"):
+        logging.getLogger(__name__).warning("show=%d: task=%s draws no images", chosen.run.show, chosen.run.task)
     for path in machine_files(chosen.choices):
         logging.getLogger(__name__).info("settings    read from %s", path)
     try:
@@ -183,7 +186,7 @@ def stoppable() -> Iterator[None]:
             yield
     except (KeyboardInterrupt, interrupt.Interrupted) as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(str(stop) or "interrupted (SIGINT)", file=sys.stderr)
+            print_line(str(stop) or "interrupted (SIGINT)", sys.stderr)
         raise SystemExit(getattr(stop, "code", 130)) from None
 
 
@@ -256,7 +259,7 @@ def main() -> None:
     try:
         config.user_folders()
     except NecoError as lacking:
-        print(f"error: {lacking}", file=sys.stderr)
+        print_line(f"error: {lacking}", sys.stderr)
         raise SystemExit(2) from None
     if not arguments or {"--help", "-h"} & set(arguments):
         print(usage())
@@ -295,7 +298,7 @@ def main() -> None:
         process = os.environ.get("RANK") or "0"
         who = f"error (process {process})" if process != "0" else "error"
         if debug:
-            traceback.print_exc()
+            print_line(traceback.format_exc(), sys.stderr)
         if started and not isinstance(error, (NecoError, OmegaConfBaseException)):
             if isinstance(error, MemoryError) or re.search("(?i)out of memory|can't allocate memory", str(error)):
                 told = (str(error) or type(error).__name__).partition("\n")[0]
@@ -303,19 +306,20 @@ def main() -> None:
                     "train.batch_size (or more train.accumulate), the sizes of views, extract.batch_size, of "
                     "eval.retrieval memory_size, storage=float16 and engine=torch"
                 )
-                print(f"{who}: out of memory: {told}. What makes it less: {smaller}", file=sys.stderr)
+                print_line(f"{who}: out of memory: {told}. What makes it less: {smaller}", sys.stderr)
                 raise SystemExit(2) from None
             if not re.search("closed by peer|reset by peer|Broken pipe", str(error)):
                 raise  # a fault of the program, not of the configuration
-            print(f"{who}: another process has ended; its message says why", file=sys.stderr)
+            print_line(f"{who}: another process has ended; its message says why", sys.stderr)
             raise SystemExit(1) from None
         message = str(error) if isinstance(error, NecoError) else explain.explain(error, arguments)
-        print(f"{who}: {message}", file=sys.stderr)
+        print_line(f"{who}: {message}", sys.stderr)
         raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
     from neco.logger import guard
 
+    sys.excepthook = print_exception
     with guard.exits():
         main()

@@ -33,7 +33,8 @@ from neco.commands import escape_interpolation, format_command, key_of, override
 from neco.config import check, register_resolvers
 from neco.config import plain as resolved
 from neco.errors import NecoError
-from neco.results import Results, write
+from neco.masking import mask_nested, mask_secrets, print_line
+from neco.results import Results, percent, write
 from neco.sweep import STATUS, status
 from neco.values import READERS
 
@@ -90,11 +91,12 @@ class Job:
     @cached_property  # a job that is submitted takes along what it was asked for
     def digest(self) -> str:
         """Of all that can change what comes out, the files that it names included."""
-        settings = {k: v for k, v in plain(self.config).items() if k not in ASIDE}
-        named = [str(value) for key in ("checkpoint", "compare") if (value := settings.get(key))]
-        index = Path(cache, "index") if (cache := settings.get("cache_dir")) else None
+        config = plain(self.config)
+        settings = mask_nested({k: v for k, v in config.items() if k not in ASIDE})  # signed again, it is the same
+        named = [str(value) for key in ("checkpoint", "compare") if (value := config.get(key))]
+        index = Path(cache, "index") if (cache := config.get("cache_dir")) else None
         held = [state(name, index) for name in named]
-        given = [node["masks"] for node in (settings.get("eval") or {}).values() if node and node.get("masks")]
+        given = [node["masks"] for node in (config.get("eval") or {}).values() if node and node.get("masks")]
         held += [contents(masks, index) for name in given if (masks := Path(name).expanduser()).is_dir()]
         return hashlib.sha256(json.dumps([settings, *held], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -201,7 +203,9 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def resume_command(overrides: Iterable[str], folder: Any) -> str:
     """The command that goes on."""
     same = [o for o in overrides if key_of(o) != "run_dir"]
-    return f"To go on: {format_command([*same, override('run_dir', folder)])}"
+    command = format_command([*same, override("run_dir", folder)])
+    secret = " (with the secrets in place of ***)" if mask_secrets(command) != command else ""
+    return f"To go on: {command}{secret}"
 
 
 def collect_command(folder: Path) -> str:
@@ -215,7 +219,7 @@ def name(overrides: Sequence[str], changing: set[str]) -> str:
     last = [key.rpartition(".")[2] for key, _ in pairs]
     parts, whole = [], True
     for (key, value), short in zip(pairs, last, strict=True):
-        bare = re.sub(r"[\[\](){}'\" ]", "", value).replace(",", "_")
+        bare = re.sub(r"[\[\](){}'\" ]", "", mask_secrets(value)).replace(",", "_")
         safe = re.sub(r"[^\w.@-]", "_", bare)
         if len(safe) > 8 and re.fullmatch(r"-?\d+\.\d+(e-?\d+)?", safe):
             safe = f"{float(safe):.3g}"
@@ -260,7 +264,7 @@ def leads() -> bool:
 def say(text: str) -> None:
     """To the terminal, by one process."""
     if leads():
-        print(text, file=sys.stderr, flush=True)
+        print_line(text, sys.stderr)
 
 
 class Launcher(launcher.Launcher):
@@ -419,5 +423,5 @@ class Launcher(launcher.Launcher):
                     where = output if output.is_file() else self.folder / ".submitit"
                     job.note("failed", message=f"{job.options.fate(started)}; see {where}")
                 value = job.said.get("objective")
-                text = job.said.get("message") or ("" if value is None else f"{value:.4f}")
+                text = job.said.get("message") or ("" if value is None else f"{percent(value)} %")
                 say(f"{job.said['status']:<12} {job.folder}: {text}".rstrip(": "))

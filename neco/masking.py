@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any, TextIO
 from urllib.parse import unquote
 
@@ -93,6 +95,11 @@ def one_line(text: str) -> str:
 def print_line(text: str, stream: TextIO | None = None) -> None:
     """Print a message for people."""
     print(make_printable(mask_secrets(text)), file=stream or sys.stdout, flush=True)
+
+
+def print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback, as sys.excepthook does."""
+    print_line("".join(traceback.format_exception(kind, error, trace)), sys.stderr)
 
 
 class Formatter(logging.Formatter):

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import statistics
 import subprocess
@@ -16,10 +15,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from neco import files
+from neco import escape, files, run_folder
 from neco.config import nearest
 from neco.dataset.base import Dataset
 from neco.errors import NecoError
+from neco.masking import mask_nested, mask_secrets, one_line
 
 PACKAGES = (
     "neco",
@@ -47,8 +47,13 @@ class Objective(NamedTuple):
         return cls(f"{record['evaluation']}/{record['network']}/{metric}", value)
 
 
-def write(path: Path, text: str) -> None:
-    """Write whole or not at all. Raises NecoError where that cannot be."""
+def write(path: Path, text: str, *, mask: bool = True) -> None:
+    """Write a text file whole or not at all, its secrets masked. Raises NecoError if it cannot be written.
+
+    Args:
+        mask: False for names of files, which are read again.
+    """
+    text = mask_secrets(text) if mask else text
     try:
         with files.whole(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # names of files are any bytes
             file.write(text)
@@ -96,10 +101,10 @@ def describe(
     output: Path, config: dict[str, Any], overrides: list[str], choices: Mapping[str, Any], device: str
 ) -> None:
     """Write config.yaml (resolved), overrides.txt and environment.json into the run folder."""
-    write(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write(output / "config.yaml", yaml.safe_dump(mask_nested(config), sort_keys=False))
     write(output / "overrides.txt", "".join(f"{override}\n" for override in overrides))
     environment = {
-        "command": shlex.join(map(masked, sys.argv)),
+        "command": shlex.join(map(mask_secrets, sys.argv)),
         **git_state(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -111,12 +116,6 @@ def describe(
     write(output / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
-def masked(text: str) -> str:
-    """Without secrets: users and passwords in addresses, and where the study of a search is, which may have others."""
-    text = re.sub(r"(hydra\.sweeper\.storage=)(?!null\b)\S+", r"\1***", text)
-    return re.sub(r"://[^\s/@]+@", "://***@", text)
-
-
 def note_choice(output: Path, **datasets: Dataset | None) -> None:
     """Write the keys of the train images of each data set to `<its name>_files.txt`, where they are a choice.
 
@@ -125,13 +124,7 @@ def note_choice(output: Path, **datasets: Dataset | None) -> None:
     for name, dataset in datasets.items():
         if dataset and dataset.chooses and (samples := dataset.listed("train")):
             keys = (f"./{s.key}" if s.key[0] in "# " else s.key for s in samples)  # else a comment, or stripped
-            write(output / f"{name}_files.txt", "".join(f"{key}\n" for key in keys))
-
-
-KEYS: dict[str, type] = {
-    "step": int, "network": str, "evaluation": str, "weights": str, "dataset": str, "protocol": str, "metrics": dict,
-    "details": dict, "fraction": float,
-}  # fmt: skip
+            write(output / f"{name}_files.txt", "".join(f"{key}\n" for key in keys), mask=False)
 
 
 class Results:
@@ -140,21 +133,7 @@ class Results:
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.writes = writes  # else only kept in mind: another process writes the same
         self.path = folder / "results.json"
-        self.records: list[dict[str, Any]] = []
-        if self.path.is_file():
-            try:
-                self.records = json.loads(self.path.read_text())
-                self.records = [{"asked": None, "details": {}, "fraction": 1.0, **record} for record in self.records]
-                for record in self.records:
-                    if wrong := [key for key, kind in KEYS.items() if not isinstance(record.get(key), kind)]:
-                        raise ValueError(f"a record has no {wrong[0]}, or another than a {KEYS[wrong[0]].__name__}")
-                    for key, value in record["metrics"].items():
-                        if not isinstance(value, int | float):
-                            raise ValueError(f"{record['evaluation']}/{key} is {value}, no number")
-                        if not isinstance(details := record["details"].get(key), dict | None):
-                            raise ValueError(f"details of {record['evaluation']}/{key} are {details}, no mapping")
-            except (ValueError, TypeError) as error:
-                raise NecoError(f"{self.path} is damaged ({error}): mend it or move it away") from error
+        self.records = run_folder.read_records(folder)
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a record, in place of an earlier one that answers the same."""
@@ -223,15 +202,23 @@ def table(records: list[dict[str, Any]]) -> str:
         return "(no evaluations)"
     head, *rows = comparison(records)
     signs = ["+" if name == "change" else "" for name in head]
-    cells = [[f"{v:{s}.4f}" if isinstance(v, float) else v or "" for v, s in zip(r, signs, strict=True)] for r in rows]
+    cells = [
+        [percent(v, sign) if isinstance(v, int | float) else v or "" for v, sign in zip(row, signs, strict=True)]
+        for row in rows
+    ]
     shown = [i for i, name in enumerate(head) if name != "protocol" and (name != "std" or any(r[i] for r in cells))]
-    below = [f"protocol  {row[-1]}" for row in rows]
+    below = ["in percent", *(f"protocol  {row[-1]}" for row in rows)]
     last = max(record["step"] for record in records)
     for record in (r for r in records if r["step"] == last):
         source = record.get("checkpoint") or (record.get("model") and f"model={record['model']}") or ""
         below.append(f"weights   {record['network']}: {record['weights']}{', ' * bool(source)}{source}")
     below += [f"warning   {text}" for r in records if r["step"] == last for text in r.get("warnings", [])]
     return "\n".join([columns([[row[i] for i in shown] for row in (head, *cells)]), *dict.fromkeys(below)])
+
+
+def percent(share: float, sign: str = "") -> str:
+    """Return a share (0..1) as people read it: 0.3333 is 33.33, in percent. Files for programs keep shares."""
+    return f"{100 * share:{sign}.2f}"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -242,13 +229,13 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A table of GitHub's kind."""
-    head, *body = ("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n"
+    """Rows of text as a table of GitHub's kind."""
+    return escape.markdown_table([[escape.for_markdown(cell) for cell in row] for row in rows])
 
 
 def columns(rows: list[list[str]]) -> str:
     """Rows of text as aligned columns, the first row underlined."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from neco.config import check
 from neco.errors import NecoError
 from neco.launch import ASIDE, failed, name, say
-from neco.results import write
+from neco.masking import mask_secrets
+from neco.results import percent, write
 from neco.sweep import status
 from neco.values import Positive, Seed
 
@@ -59,7 +60,7 @@ class Optuna(sweeper.Sweeper):
         given = [*(f"{key}={value}" for key, value in self.options.params.items()), *arguments]
         parsed = {o.get_key_element(): o for o in OverridesParser.create(self.loader).parse_overrides(given)}
         fixed = [f"{k}={o.get_value_element_as_str()}" for k, o in parsed.items() if not o.is_sweep_override()]
-        same = [o for o in fixed if o.lstrip("+").split("=")[0].split(".")[0] not in ASIDE]
+        same = [mask_secrets(o) for o in fixed if o.lstrip("+").split("=")[0].split(".")[0] not in ASIDE]
         space = {key: distribution(o) for key, o in parsed.items() if o.is_sweep_override()}
         if not space:
             raise NecoError("hydra/sweeper=optuna: nothing to search; e.g. optim.lr='tag(log, interval(1e-6, 1e-4))'")
@@ -98,9 +99,8 @@ class Optuna(sweeper.Sweeper):
         number = status(place).get("objective_name", "")
         best = {"objective": number, "value": study.best_value, "overrides": overrides, "folder": str(place)}
         write(folder / "best.yaml", yaml.safe_dump(best, sort_keys=False))
-        say(
-            f"best of {len(study.trials)} trials: {number} {best['value']:.4f} with {shlex.join(overrides)}, in {place}"
-        )
+        value = percent(study.best_value)
+        say(f"best of {len(study.trials)} trials: {number} {value} % with {shlex.join(overrides)}, in {place}")
         return float(study.best_value)
 
     def study(self, folder: Path, asked: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 import sys
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from neco import processes
+from neco import processes, run_folder
 from neco.errors import NecoError
-from neco.results import Results, columns, markdown, spread, write
+from neco.escape import for_csv, for_markdown
+from neco.masking import one_line, print_line
+from neco.results import Results, columns, markdown, percent, spread, write
 
 STATUS = "status.json"  # of a job: how it ended, its objective or message, its overrides, a digest of its configuration
 # Keys that make no other job: where it runs and what it shows
@@ -28,9 +29,9 @@ class Summary(Callback):
         if processes.number("RANK"):
             return
         if [*folder.glob(f"*/{STATUS}")] and not config.get("launcher", {}).get("detach"):
-            print(f"\n{summary(folder)}\n")
+            print_line(f"\n{summary(folder)}\n")
             if not unwritten:
-                print(f"wrote  {folder / 'summary.txt'}, .md, .csv")
+                print_line(f"wrote  {folder / 'summary.txt'}, .md, .csv")
             if config.get("report") and [*folder.glob("*/results.json")]:
                 from neco import report  # takes a second, which the start of the program needs not
 
@@ -39,16 +40,10 @@ class Summary(Callback):
 
 def status(folder: Path) -> dict[str, Any]:
     """What the status.json of a job says; empty where there is none, or a damaged one."""
-    path = folder / STATUS
     try:
-        said = json.loads(path.read_text())
-        if lacking := {"status", "job", "overrides"} - {*said}:
-            raise ValueError(f"no {min(lacking)}")
-        return {**said}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        print(f"{path} is damaged ({error}): taken as not there", file=sys.stderr)
+        return run_folder.read_json(folder, STATUS, run_folder.Status) or {}
+    except NecoError as error:
+        print_line(f"{error}; taken as not there", sys.stderr)
         return {}
 
 
@@ -105,12 +100,13 @@ def summary(folder: Path) -> str:
     protocols = dict.fromkeys(f"protocol  {r['evaluation']}: {r['protocol']}" for job in done for r in found[job])
     damaged = (said[job]["message"] for job in jobs if said[job]["status"] == "damaged")
     signed = "; with a sign: the change since step 0, `before`, of the lines below that" if before else ""
-    below = [f"(n): runs, mean ± standard deviation{signed}", *protocols, *damaged]
-    text, sheet = "\n".join([columns(rows), *below]) if jobs else f"(no jobs in {folder})", io.StringIO()
-    writer = csv.DictWriter(sheet, dict.fromkeys(key for row in table for key in row), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    page = "\n".join([markdown(rows), *(f"- {line}" for line in below), ""])
+    below = [f"in percent; (n): runs, mean ± standard deviation{signed}", *protocols, *damaged]
+    text, sheet = "\n".join([columns(rows), *map(one_line, below)]) if jobs else f"(no jobs in {folder})", io.StringIO()
+    head = dict.fromkeys(key for row in table for key in row)
+    writer = csv.DictWriter(sheet, head, restval="", lineterminator="\n")
+    writer.writerow({key: for_csv(key) for key in head})
+    writer.writerows({key: for_csv(cell) for key, cell in row.items()} for row in table)
+    page = "\n".join([markdown(rows), *(f"- {for_markdown(line)}" for line in below), ""])
     try:
         for name, content in (("txt", f"{text}\n"), ("md", page), ("csv", sheet.getvalue())):
             write(folder / f"summary.{name}", content)
@@ -128,4 +124,4 @@ def _spread(values: list[float], sign: str = "") -> str:
     if not values:
         return ""
     mean, deviation = spread(values)
-    return f"{mean:{sign}.4f}{f' ± {deviation:.4f}' if len(values) > 1 else ''} ({len(values)})"
+    return f"{percent(mean, sign)}{f' ± {percent(deviation)}' if len(values) > 1 else ''} ({len(values)})"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from neco import report, results
 from neco.eval.pictures import Picture
-from neco.report import charts, collect, gallery, html, latex, markdown, pages, similarity, tables
+from neco.report import charts, collect, gallery, html, pages, similarity, tables
 
 HOSTILE = '</script><img src=x onerror="alert(1)">|&_$%\\'
 
@@ -100,12 +100,11 @@ def test_names_are_text_in_every_format(tmp_path: Path) -> None:
     assert "<img src=x" not in files[".html"] and "&lt;/script&gt;&lt;img src=x" in files[".html"]
     assert files[".html"].count("</script>") == 2 and "default-src 'none'" in files[".html"]
     row = next(line for line in files[".md"].splitlines() if "teacher" in line)
-    assert r"\<img src=x" in row and len(re.findall(r"(?<!\\)\|", row)) == 10
+    assert r"\<img src=x" in row and len(re.findall(r"(?<!\\)\|", row)) == 11
     assert r"\&\_\$\%\textbackslash{}" in files[".tex"] and r"\toprule" in files[".tex"]
     for kinds, body in re.findall(r"begin{tabular}{(\w+)}(.*?)\\end{tabular}", files[".tex"], re.DOTALL):
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert len(rows) > 1 and {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(kinds) - 1}
-    assert markdown.escape("a_b *c* `d` <e>") == r"a_b \*c\* \`d\` \<e\>" and latex.escape("50% ± 1") == r"50\% $\pm$ 1"
 
 
 def test_plots_are_means_over_seeds_for_each_line(tmp_path: Path) -> None:
@@ -129,6 +128,102 @@ def test_plots_are_means_over_seeds_for_each_line(tmp_path: Path) -> None:
     assert [point[0] for point in plots["overcluster miou", "k"]["loss=neco, loss.steepness=100"]] == [8, 16]
     text = (report.write(runs, tmp_path, {"html"})[0]).read_text()
     assert text.count('class="chart"') == 3 + 2 and "23.0 ± 0.7 (2)" in text
+
+
+def test_the_page_opens_on_a_patch_that_changed_as_all_did() -> None:
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(3, h, w, 6, generator=generator) for h, w in ((4, 6), (8, 12)))
+    classes = torch.randint(0, 3, (3, 4, 6), generator=generator)
+    classes[0, 0] = classes[2, 3, 5] = 255
+    finer = classes.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+    def share(maps: torch.Tensor, kinds: torch.Tensor, image: int, row: int, column: int) -> float:
+        query = maps[image, row, column]
+        others = [
+            (float(torch.nn.functional.cosine_similarity(query, maps[i, r, c], dim=0)), int(kinds[i, r, c]))
+            for i in range(3) for r in range(maps.shape[1]) for c in range(maps.shape[2])
+            if i != image and kinds[i, r, c] != 255
+        ]  # fmt: skip
+        best = sorted(others, reverse=True)[:30]
+        return sum(kind == kinds[image, row, column] for _, kind in best) / len(best)
+
+    change = {}
+    for image in range(3):
+        for row in range(4):
+            for column in range(6):
+                if classes[image, row, column] != 255:
+                    before = share(left, classes, image, row, column)
+                    change[image, row, column] = share(right, finer, image, 2 * row + 1, 2 * column + 1) - before
+    mean = sum(change.values()) / len(change)
+    image, x, y, found, average = similarity.representative([(left, classes), (right, finer)])
+    assert average == pytest.approx(mean) and found == pytest.approx(change[image, int(4 * y), int(6 * x)])
+    assert abs(found - mean) == pytest.approx(min(abs(value - mean) for value in change.values()))
+    assert similarity.representative([(left, classes), (right, finer)]) == (image, x, y, found, average)
+    for lost in (classes[:1], torch.full_like(classes, 255)):
+        with pytest.raises(ValueError, match="no patch with a class"):
+            similarity.representative([(left[: len(lost)], lost), (left[: len(lost)], lost)])
+
+
+def test_worse_and_better_differ_by_more_than_colour(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", {}, {"miou": 0.5, "low": 0.4})
+    records = json.loads((run / "results.json").read_text())
+    records[0]["metrics"] |= {"low": 0.436, "miou": 0.448}
+    (run / "results.json").write_text(json.dumps(records))
+    text = report.write([collect.read(run)], tmp_path, {"html"})[0].read_text()
+    assert text.count('<em class="worse">▼ -3.6</em>') == text.count('<em class="better">▲ +5.2</em>') == 2
+    assert 'class="span worse"' in charts.pair(0.6, 0.4) and "worse" not in charts.pair(0.4, 0.6)
+
+
+def test_numbers_of_other_protocols_share_no_plot(tmp_path: Path) -> None:
+    def run(name: str, told: dict[str, str], value: float, protocol: str, k: int = 8) -> None:
+        folder = made(tmp_path / name, told, {f"miou_k{k}": value}, trained=False)
+        records = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps([{**record, "protocol": protocol} for record in records]))
+
+    for lr in ("0.1", "0.2"):
+        run(f"a{lr}", {"optim.lr": lr}, 0.6, "overcluster/standard/448/k=8/seeds=0")
+        run(f"b{lr}", {"optim.lr": lr}, 0.2, "overcluster/standard/224/k=8,9/seeds=0")
+    plots = collect.sweeps([collect.read(path) for path in sorted(tmp_path.iterdir())])
+    assert [plot.title.rpartition(" ")[2] for plot in plots] == ["(448)", "(224)"]
+    assert [plot.lines["measured"] for plot in plots] == [
+        [(0.1, 50, 0, 1), (0.2, 50, 0, 1)], [(0.1, 10, 0, 1), (0.2, 10, 0, 1)],
+    ]  # fmt: skip
+    for size in ("64", "128"):
+        run(f"c/{size}", {"eval.overcluster.size": size}, 0.5, f"overcluster/standard/{size}/k=8/seeds=0")
+    (plot,) = collect.sweeps([collect.read(path) for path in sorted((tmp_path / "c").iterdir())])
+    assert not plot.connected and "each point by another protocol" in plot.title
+    drawing = charts.chart(plot.title, plot.key, plot.lines, marked=True, connected=plot.connected)
+    assert drawing.count("<circle") == 2 and 'class="line"' not in drawing
+    for k in (8, 16):
+        run(f"d/{k}", {"eval.overcluster.k": str(k)}, 0.5, f"overcluster/standard/448/k={k}/seeds=0", k)
+    (plot,) = collect.sweeps([collect.read(path) for path in sorted((tmp_path / "d").iterdir())])
+    assert plot.key == "k" and plot.connected, "each k is a number of its own, however many are asked for"
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "told"),
+    [(0.9995, 1, "0.9995 to 1"), (0.9995, 0.9995, "0.9995 to 0.9995"), (2.512, 1.9, "2.51 to 1.9"), (1, 1, "1 to 1"),
+     (0.99996, 1, "0.99996 to 1"), (1234.5, 98765, "1234 to 98.77k"), (0.00123, -4, "0.00123 to -4"),
+     (100.01, 100.02, "100.01 to 100.02")],
+)  # fmt: skip
+def test_the_ends_of_a_curve_are_told_apart(first: float, last: float, told: str) -> None:
+    assert charts.first_and_last(first, last) == told
+
+
+def test_unlabelled_images_are_shown_without_their_labels(train, tmp_path: Path, inside) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40, 56, 3), np.uint8)).save(tmp_path / f"images/{name}.png")
+    keys = ["dataset=folder", f"dataset.root={tmp_path / 'images'}", "eval=[retrieval]", "train.steps=2"]
+    run = train(*keys, "train.batch_size=2", "show=2")
+    page = (run / "report.html").read_text()
+    data = json.loads(re.search(r'id="similarity-data">(.*?)</script>', page, re.DOTALL).group(1))
+    assert len(data["images"]) == 2 and data["classes"] == [] and data["start"] == {"image": 0, "x": 0.5, "y": 0.5}
+    assert {network["name"] for network in data["networks"]} == {"before", "student, step 2", "teacher, step 2"}
+    assert page.count("principal components of features") == 2 * 2 * 3 and "ground truth" not in page
+    code, said = inside("task=export", f"checkpoint={run}", "show=4", "run_dir=out")
+    assert code == 0 and "show=4: task=export draws no images" in said
 
 
 def test_data_of_another_folder_is_other_data(tmp_path: Path) -> None:
@@ -231,7 +326,7 @@ def test_a_run_ends_with_its_report_and_survives_without(train, monkeypatch, cap
         run = train(*light)
     text = (run / "report.html").read_text()
     assert f"report      {run / 'report.html'}" in caplog.text and "What post-training did" in text
-    assert "show=8" in text and "<script" not in text, "without pictures nothing is alive"
+    assert "show=N" in text and "<script" not in text, "without pictures nothing is alive"
     monkeypatch.setattr(html, "write", lambda *given: 1 / 0)
     with caplog.at_level("INFO", "neco"):
         run = train(*light, folder="two")
@@ -316,10 +411,13 @@ def test_a_browser_shows_it_and_computes_what_torch_does(width, port, tmp_path: 
                 assert cosines[patch] == pytest.approx(1)
         told = "return document.querySelector('output').innerText"
         first = browser.run(told)
-        assert "row 3, column 3" in first and "nearest patches in other images" in first and HOSTILE in first
+        start = json.loads(re.search(r'id="similarity-data">(.*?)</script>', page.read_text(), re.DOTALL)[1])["start"]
+        row, column = int(4 * start["y"]) + 1, int(5 * start["x"]) + 1
+        assert first.startswith(f"{[HOSTILE, 'b', 'c'][start['image']]}, row {row}, column {column}.")
+        assert first.count("nearest patches in other images are ") == 2
         browser.run("document.querySelectorAll('.map')[2].focus()")
         browser.keys("\ue014\ue015")  # to the right and down
-        assert browser.run(told).startswith("b, row 4, column 4.")
+        assert browser.run(told).startswith(f"b, row {min(4, row + 1)}, column {min(5, column + 1)}.")
         browser.run("document.querySelectorAll('.map')[4].scrollIntoView(); scrollBy(0, -50)")
         shown = browser.run("return document.querySelectorAll('.map')[4].getBoundingClientRect().toJSON()")
         browser.click(shown["x"] + 0.99 * shown["width"], shown["y"] + 0.01 * shown["height"])

@@ -45,10 +45,10 @@ def test_what_was_asked_otherwise_is_another_number(tmp_path):
     assert len(store.records) == 4
     assert store.history("retrieval/teacher/miou") == [(0, 0.1), (5, 0.2)]
     changes = [line.split()[-1] for line in results.table(store.records).splitlines() if " teacher  " in line]
-    assert changes == ["-0.1000", "+0.1000"]
+    assert changes == ["-10.00", "+10.00"]
 
 
-SPOILT = {"no step": {"step": None}, "no metrics": {"metrics": []}, "miou is a": {"metrics": {"miou": "a"}}}
+SPOILT = {"0.step": {"step": None}, "0.metrics": {"metrics": []}, "0.metrics.miou": {"metrics": {"miou": "a"}}}
 
 
 @pytest.mark.parametrize("said", SPOILT)
@@ -68,7 +68,7 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, text):
 
 def test_table_shows_before_after_and_change():
     text = results.table([record(0, value=0.25), record(8, value=0.5)])
-    assert "0.2500" in text and "0.5000" in text and "+0.2500" in text
+    assert "25.00" in text and "50.00" in text and "+25.00" in text and "in percent" in text
     assert "change" not in results.table([record(0)])
 
 

@@ -45,10 +45,10 @@ def test_summary_is_mean_and_deviation_over_seeds(tmp_path):
     lines = [line.split("  ") for line in summary(tmp_path).splitlines()]
     before = [line[-1].strip() for line in lines if line[0] == "before"]
     found = {line[0].strip(): line[-1].strip() for line in lines}
-    assert found["loss=a"] == "+0.3750 ± 0.1768 (2)" and found["loss=b"] == "-0.1250 (1)"
-    assert before == ["0.3750 ± 0.1768 (2)", "0.2500 (1)"] and "retrieval/miou" in found["runs"]
+    assert found["loss=a"] == "+37.50 ± 17.68 (2)" and found["loss=b"] == "-12.50 (1)"
+    assert before == ["37.50 ± 17.68 (2)", "25.00 (1)"] and "retrieval/miou" in found["runs"]
     assert found["loss=b seed=1"] == "queued"
-    assert "| loss=a | student | done | +0.3750 ± 0.1768 (2) |" in (tmp_path / "summary.md").read_text()
+    assert "| loss=a | student | done | +37.50 ± 17.68 (2) |" in (tmp_path / "summary.md").read_text()
     with (tmp_path / "summary.csv").open(newline="") as file:
         rows = {row["folder"]: row for row in csv.DictReader(file)}
     assert rows["a1"]["retrieval/miou"] == "1.0" and rows["a1"]["retrieval/miou before"] == "0.5"
@@ -59,7 +59,7 @@ def test_summary_of_runs_with_one_step_is_their_number(tmp_path):
     run(tmp_path, "0", ["model=x"], 0.25)
     run(tmp_path, "1", ["model=y"], 0.5)
     said = summary(tmp_path)
-    assert "model=x  student  done    0.2500 (1)" in said and "before" not in said and "sweep=loss" not in said
+    assert "model=x  student  done    25.00 (1)" in said and "before" not in said and "sweep=loss" not in said
     assert "no jobs" in summary(tmp_path / "0")
 
 
@@ -73,7 +73,7 @@ def test_before_is_of_the_same_runs_once_and_of_step_0_alone(tmp_path):
         *["before", "dataset=x", "dataset=x"],
         *["before", "dataset=y", "dataset=y"],
     ]
-    assert [row.split("  ")[-1].strip() for row in rows[::3]] == ["0.2500 ± 0.0000 (3)", "0.5000 ± 0.0000 (3)"]
+    assert [row.split("  ")[-1].strip() for row in rows[::3]] == ["25.00 ± 0.00 (3)", "50.00 ± 0.00 (3)"]
     later = tmp_path / "later"
     later.mkdir()
     run(later, "0", ["seed=0"], 0.25, 0.5, 0.75)
@@ -81,7 +81,7 @@ def test_before_is_of_the_same_runs_once_and_of_step_0_alone(tmp_path):
     for path in later.glob("*/results.json"):  # task=finetune has none before it trains
         path.write_text(json.dumps(json.loads(path.read_text())[1:]))
     said = summary(later)
-    assert "before" not in said and "0.8750 ± 0.1768 (2)" in said and "+" not in said
+    assert "before" not in said and "87.50 ± 17.68 (2)" in said and "+" not in said
     assert "before" not in (later / "summary.csv").read_text()
 
 
@@ -343,7 +343,9 @@ def test_search(inside, tmp_path):
     assert best["value"] == study.best_value == max(t.value for t in study.trials if t.value is not None)
     job = status(tmp_path / best["folder"])
     assert job["objective"] == best["value"] and job["objective_name"] == best["objective"]
-    assert best["objective"].split("/")[1] == "teacher" and f"{best['objective']} {best['value']:.4f} with" in said
+    assert (
+        best["objective"].split("/")[1] == "teacher" and f"{best['objective']} {100 * best['value']:.2f} % with" in said
+    )
     assert code == 2 and f"jobs that did not end well: {states.count('FAIL')}" in said
     cut = study.ask(study.trials[0].distributions)  # as a search leaves it that is killed
     inside(*SEARCH, "loss.grid=range(2, 4)", "hydra.sweeper.n_trials=6")

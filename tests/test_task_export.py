@@ -250,7 +250,7 @@ def test_a_run_with_its_card(form, trained, tmp_path, inside, monkeypatch):
     same(maps, ours(images))
     assert form in head["tags"] and "license" not in head and str(trained.parent) not in text
     record = Results(trained).find(step=1, network="teacher", evaluation="retrieval")
-    assert f"{record['metrics']['miou_k5']:.4f} | `{record['protocol']}`" in text
+    assert f"{100 * record['metrics']['miou_k5']:.2f} | `{record['protocol']}`" in text
     assert "| `train.lora_rank` | `2` | `0` |" in text and "here `hub`" in text
     if form == "onnx":
         import onnxruntime
@@ -270,7 +270,7 @@ def test_a_card_without_an_environment(trained, tmp_path, inside, text):
         (tmp_path / "run/environment.json").write_text(text)
     status, said = inside("task=export", "checkpoint=run", "weights=teacher", "format=safetensors", "run_dir=out")
     assert status == 0, said
-    assert ("environment.json says not where it was trained" in said) == (text != "{}")
+    assert ("the card does not say where the run took place" in said) == (text != "{}")
     assert "`dataset=unknown`" in (tmp_path / "out/README.md").read_text()
 
 

@@ -62,6 +62,14 @@ def test_rows_say_which_weights_they_are_and_where_from(tmp_path: Path) -> None:
         table = tables.headline([collect.read(made(tmp_path / str(i), "dino_vits16", "", seeds))])
         row = dict(zip(table.head, table.rows[0], strict=True))
         assert (row["weights"], row["from"]) == (f"abc{i}", said) and "std" not in table.head
+    trained = record("overcluster", "teacher", {"miou_k9": 0.5}, 7, checkpoint=None, state="", weights="x")
+    folder = made(tmp_path / "trained", "dinov2_vits14", "", trained)
+    for start, said in ((None, "trained from published weights"), ("../a/file.pth", "trained from file.pth")):
+        config = {"task": "finetune", "checkpoint": start, "model": {"weights": "hub"}}
+        (folder / "config.yaml").write_text(json.dumps(config))
+        table = tables.headline([collect.read(folder)])
+        found = dict(zip(table.head, table.rows[0], strict=True))["from"]
+        assert found == said
     seeds["details"] = {"miou_k9": {"std": 0.012}}
     table = tables.headline([collect.read(made(tmp_path / "std", "dino_vits16", "", seeds))])
     assert dict(zip(table.head, table.rows[0], strict=True))["std"] == "1.2"
@@ -110,7 +118,11 @@ def test_the_table_is_printed_and_written(inside, tmp_path: Path) -> None:
     made(tmp_path / "runs/eval/b", "ibot_vits16", "", record("linear", "teacher", {"miou": None}))
     (tmp_path / "runs/eval/many/3/results.json").write_text("{")
     code, text = inside("task=report", "runs=[runs/eval/*]")
-    assert code == 2 and "results.json is damaged" in text and "linear/miou is None, no number" in text
+    assert (
+        code == 2
+        and "results.json is damaged" in text
+        and "metrics.miou: Input should be a valid number, not None" in text
+    )
 
 
 def test_records_say_where_weights_are_from(train, neco, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ Shapes: B images, H W pixels, h w patches, D channels, C classes; G = GRID.
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neco import devices
+from neco import devices, run_folder
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.errors import NecoError
 from neco.eval import metrics
@@ -78,7 +77,8 @@ def load_head(path: str | Path) -> tuple[Head, dict[str, str], str]:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         with safetensors.safe_open(path, "pt") as file:
             about, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        kind, dim, classes = about["kind"], int(about["dim"]), len(json.loads(about["classes"]))
+        names = run_folder.check(run_folder.parse_json(about["classes"]), list[str])
+        kind, dim, classes = about["kind"], int(about["dim"]), len(names)
         about = {key: about[key] for key in ABOUT}
         if not re.fullmatch(r"\d{1,5}(x\d{1,5})?", about["size"]):
             raise ValueError(f"its size is {about['size']!r:.40}")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from neco import devices
+from neco import devices, run_folder
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.eval import metrics
@@ -142,7 +142,7 @@ class Linear:
         val = labelled(dataset, "val", self.drop_last)
         if self.head:
             _, about, digest = load_head(self.head)
-            if (names := json.loads(about["classes"])) != [*dataset.classes]:
+            if (names := run_folder.parse_json(about["classes"])) != [*dataset.classes]:
                 raise NecoError(f"head={self.head} knows other classes than the data set: {', '.join(names)}")
             of_head = [int(side) for side in about["size"].split("x")]
             size = self.size or (of_head[0], of_head[-1])

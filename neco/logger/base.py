@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from neco import run_folder
 from neco.config import Settings
 from neco.errors import NecoError
 from neco.interrupt import Interrupted
+from neco.masking import mask_nested, mask_secrets
 from neco.results import Results, comparison
 
 Ended = Literal["success", "failed", "interrupted"]
@@ -99,7 +101,8 @@ class Trackers:
         self.tell("start", replace(about(settings, store.path.parent, step), rows=rows))
 
     def tell(self, event: str, *values: Any) -> None:
-        """To all of them."""
+        """To all of them, without secrets."""
+        values = tuple(mask_nested(value) for value in values)
         for tracker in self.each:
             tracker.tell(event, *values)
 
@@ -140,7 +143,7 @@ def about(settings: Settings, folder: Path, step: int) -> About:
     own = [o for o in said if not multirun or o not in sys.argv]  # what varies is not in the command line as it is
     tags = [str(settings.choices[group]) for group in ("model", "dataset", "loss") if settings.choices.get(group)]
     name, group = " ".join(own or said) or folder.name, Path(hydra.sweep.dir).name if multirun else None
-    return About(folder, step, settings.config, name, group, tags)
+    return About(folder, step, mask_nested(settings.config), mask_secrets(name), group, tags)
 
 
 def key(record: Mapping[str, Any], last: str, first: str = "eval") -> str:
@@ -165,5 +168,6 @@ def pictures(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, lis
     drawn = record.get("pictures", [])
     for kind in dict.fromkeys(picture["kind"] for picture in drawn):
         some = [p for p in drawn if p["kind"] == kind]
-        captions = [": ".join(filter(None, (p["key"], p["caption"]))) for p in some]
-        yield key(record, kind, "pictures"), [*zip((folder / p["file"] for p in some), captions, strict=True)]
+        captions = [": ".join(filter(None, (p.get("key"), p.get("caption")))) for p in some]
+        files = (run_folder.locate_file(folder, p["file"]) for p in some)
+        yield key(record, kind, "pictures"), [*zip(files, captions, strict=True)]

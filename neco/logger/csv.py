@@ -1,6 +1,7 @@
 """metrics.csv: one row a logged step, one column a metric."""
 
 import csv
+import io
 import logging
 import shutil
 from collections.abc import Mapping
@@ -18,14 +19,22 @@ Row = dict[str, Any]
 def read(path: Path) -> tuple[list[str], list[Row]]:
     """The columns and rows of a metrics.csv, damaged ones too."""
     with path.open(newline="", errors="replace") as file:
-        reader = csv.DictReader(file)
+        return parse(file.read())
+
+
+def parse(text: str) -> tuple[list[str], list[Row]]:
+    """The columns and rows of the text of a metrics.csv."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
         return list(reader.fieldnames or []), list(reader)
+    except csv.Error:  # a field of more than 128 kB
+        return [], []
 
 
 def is_sound(row: Row) -> bool:
     """Whether it is a step and numbers, all that there are columns for."""
     try:
-        return int(row["step"]) >= 0 and all(value == "" or float(value) is not None for value in row.values())
+        return 0 <= int(row["step"]) <= 2**53 and all(value == "" or float(value) is not None for value in row.values())
     except (KeyError, TypeError, ValueError):
         return False
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import yaml
 
+from neco.escape import for_markdown, markdown_block
 from neco.logger import base
 from neco.logger.base import About, Ended, Table, Tracker
+from neco.results import markdown
 from neco.values import PositiveFloat
 
 
@@ -26,8 +28,8 @@ class Tensorboard(Tracker):
         self.folder, self.step = about.folder, about.step
         self.writer = self.build(str(about.folder / "tensorboard"), purge_step=about.step + 1, flush_secs=10)
         about_run = {"name": about.name, "group": about.group, "tags": [*about.tags]}
-        self._text("about", f"```\n{yaml.safe_dump(about_run, sort_keys=False)}```")
-        self._text("config", f"```\n{yaml.safe_dump(dict(about.config), sort_keys=False)}```")
+        self._text("about", markdown_block(yaml.safe_dump(about_run, sort_keys=False)))
+        self._text("config", markdown_block(yaml.safe_dump(dict(about.config), sort_keys=False)))
 
     def metrics(self, row: Mapping[str, float], step: int) -> None:
         self.step = step
@@ -48,7 +50,7 @@ class Tensorboard(Tracker):
                 self.writer.add_image(f"{name}/{number}", pixels, self.step, dataformats="HWC")
         if rows := base.classes(record):
             self._text(base.key(record, "classes", "tables"), _markdown(rows))
-        self._text(base.key(record, "protocol", "about"), record["protocol"])
+        self._text(base.key(record, "protocol", "about"), for_markdown(record["protocol"]))
 
     def results(self, table: Table) -> None:
         self._text("results", _markdown(table))
@@ -62,5 +64,4 @@ class Tensorboard(Tracker):
 
 
 def _markdown(table: Table) -> str:
-    head, *rows = ([f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in table)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return markdown([[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in table])

@@ -6,6 +6,7 @@ import netrc
 import os
 import secrets
 import shlex
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from neco.errors import NecoError
 from neco.logger import base, csv
 from neco.logger.base import About, Ended, Table, Tracker
+from neco.masking import mask_secrets
 from neco.results import write
 from neco.values import PositiveFloat
 
@@ -74,7 +76,9 @@ class Wandb(Tracker):
         place = Path(_variable("DIR") or about.folder).expanduser()
         place.mkdir(parents=True, exist_ok=True)  # W&B would take a temporary one
         # Its console capture would have every line of ours wait for its service.
-        settings = {"console": "off", "silent": True, "reinit": "create_new", "init_timeout": OPEN}
+        settings: dict[str, Any] = {"console": "off", "silent": True, "reinit": "create_new", "init_timeout": OPEN}
+        if mask_secrets(command := " ".join(sys.argv)) != command:
+            settings["x_disable_meta"] = True  # else W&B keeps the command line as it was typed
         values = {
             **self.options,
             "id": id_file.read_text().strip(),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from neco import files
 from neco.config import build
 from neco.errors import NecoError
+from neco.masking import mask_nested, mask_secrets
 from neco.model import weights
 from neco.model.backbone import Backbone
 from neco.values import MEAN, STD
@@ -150,7 +151,7 @@ def write(
     """
     check(network, form)
     digest = weights.weights_hash(network)
-    about = {"neco": json.dumps({"model": node, "weights": digest})}
+    about = {"neco": json.dumps({"model": mask_nested(node), "weights": digest})}
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.scratch(path.parent) as folder:
         part = folder / path.name
@@ -170,7 +171,7 @@ def write(
             told = _compare(network, again, [(1, 0, 0)], 0)
         told = f"weights {digest}, {told}"
         for name, text in beside(told).items():
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(mask_secrets(text), encoding="utf-8")
         whole = sorted(folder.iterdir(), key=lambda file: file == part)  # the weights last
         for written in whole:
             files.sync(written)

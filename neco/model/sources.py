@@ -27,6 +27,7 @@ from torch import Tensor
 from neco import files, interrupt
 from neco.download import alone, fetch
 from neco.errors import NecoError
+from neco.masking import MASK
 from neco.model import folders
 from neco.model.folders import Damaged as Damaged
 from neco.model.layouts import begins, unwrap_name
@@ -311,6 +312,10 @@ def _download(url: str) -> Path:
     path = cache_of(url)
     if path.exists():
         return path
+    if MASK in url:
+        raise NecoError(
+            f"{url}: what was secret in this address was masked ({MASK}) where it was noted; give all of it"
+        )
     digest = re.search(r"[^-]-(?!\d+\.)([0-9a-f]{8,64})\.\w+$", path.name[9:])  # digits alone are a date
     try:
         with alone(path), transfers() as bar:

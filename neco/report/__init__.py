@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neco import devices
 from neco.errors import NecoError
+from neco.masking import print_line
 from neco.report import collect, html, latex, markdown, tables
 from neco.results import write as write_text
 
@@ -61,7 +62,7 @@ def of_run(folder: Path) -> None:
 def of_sweep(folder: Path) -> None:
     """End a sweep with the page of all its jobs, as `of_run`; printed, as what is logged is of jobs."""
     if page := _page(folder, lambda: read(collect.find([str(folder)]))):
-        print(f"report {page}")
+        print_line(f"report {page}")
 
 
 def _page(folder: Path, runs: Callable[[], list[collect.Run]]) -> Path | None:

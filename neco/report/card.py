@@ -1,5 +1,6 @@
 """The model card: a README.md for a model hub, with numbers that carry their protocols and code that runs."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import yaml
 
 from neco import config
+from neco.escape import for_markdown, markdown_block, markdown_code, markdown_table
 from neco.model import export
 from neco.model.backbone import Backbone
 from neco.model.weights import Report
+from neco.results import percent
 from neco.values import MEAN, STD
 
 LICENSE = "yours to set; weights trained from others keep theirs"
@@ -53,7 +56,8 @@ def card(
     training: Training | None,
 ) -> str:
     """Markdown with the front matter of a model hub. `file` is the name of the weights beside it."""
-    title = network.architecture + (f", {TASKS[training.task].partition(' ')[0].lower()} with neco" if training else "")
+    how = f", {TASKS[training.task].partition(' ')[0].lower()} with neco" if training else ""
+    title = for_markdown(network.architecture) + how
     head = {
         "library_name": {"timm": "timm", "onnx": "onnx"}.get(form, "pytorch"),
         "pipeline_tag": "image-feature-extraction",
@@ -64,7 +68,7 @@ def card(
         f"# {title}",
         _about(network, form, file, report, verified),
         "## How to load",
-        *(f"{text}\n\n```python\n{code}\n```" for text, code in examples(network, node, form, file)),
+        *(f"{text}\n\n{markdown_block(code, 'python')}" for text, code in examples(network, node, form, file)),
         *(["## How it was trained", _training(training)] if training else []),
         "## Numbers",
         _numbers(records) if records else NONE.get(training.task if training else "", NONE[""]),
@@ -80,7 +84,7 @@ def _about(network: Backbone, form: export.Format, file: str, report: Report, ve
         f"{millions:.1f} M parameters{role}. Registers: {0 if network.net.reg_token is None else network.prefix - 1}.",
         f"- Its patch features are the tokens of the last block after the final norm, "
         f"(B, H / {network.patch}, W / {network.patch}, {network.dim}).",
-        f"- `{file}`, format `{form}`: {verified}.",
+        f"- {markdown_code(file)}, format `{form}`: {verified}.",
     ]
     if network.net.pos_embed is not None:
         lines.append(
@@ -94,6 +98,7 @@ def _about(network: Backbone, form: export.Format, file: str, report: Report, ve
 def examples(network: Backbone, node: Mapping[str, Any], form: export.Format, file: str) -> list[tuple[str, str]]:
     """What is said of a piece of code, and the code. One after the other they run in the folder of the weights."""
     mean, std = (export.timm_config(network)["pretrained_cfg"][name] for name in ("mean", "std"))
+    quoted = json.dumps(file, ensure_ascii=False)
     own = form not in ("onnx", "dinov2") and network.inputs != "imagenet"
     ours, theirs = f"the mean {MEAN} and deviation {STD} of ImageNet", f"the mean {mean} and deviation {std}"
     found = [(
@@ -103,7 +108,7 @@ def examples(network: Backbone, node: Mapping[str, Any], form: export.Format, fi
     option = _option(node)
     if form != "onnx" and (form != "dinov2" or option):
         more = f', model="{option}"' if form == "dinov2" else ""
-        code = f'from neco import load_backbone\n\nmaps = load_backbone("{file}"{more})(images)'
+        code = f"from neco import load_backbone\n\nmaps = load_backbone({quoted}{more})(images)"
         found.append(("With neco, at any multiple of the patch:", code))
     pixels, change = "images", ""
     if own:
@@ -116,7 +121,7 @@ def examples(network: Backbone, node: Mapping[str, Any], form: export.Format, fi
     if form in ("timm", "safetensors"):
         arguments = "".join(f", {key}={value!r}" for key, value in export.timm_arguments(network).items())
         wants = f"With timm, which wants {theirs}" if own else "With timm"
-        load = f'model.load_state_dict(load_file("{file}"), strict=True)'
+        load = f"model.load_state_dict(load_file({quoted}), strict=True)"
         found.append((
             f"{wants} (at other sizes it resamples positions by its own rule):",
             "import timm\nfrom safetensors.torch import load_file\n\n"
@@ -132,13 +137,13 @@ def examples(network: Backbone, node: Mapping[str, Any], form: export.Format, fi
         found.append((
             "With the class of [DINOv2](https://github.com/facebookresearch/dinov2), same positions at every size:",
             f"from dinov2.models.vision_transformer import DinoVisionTransformer\n\nmodel = DinoVisionTransformer(\n"
-            f'{arguments}).eval()\nmodel.load_state_dict(torch.load("{file}", weights_only=True), strict=True)\n'
+            f'{arguments}).eval()\nmodel.load_state_dict(torch.load({quoted}, weights_only=True), strict=True)\n'
             'maps = model.forward_features(images)["x_norm_patchtokens"]  # (B, h * w, D)',
         ))  # fmt: skip
     if form == "onnx":
         found.append((
             "With onnxruntime; any number of images, any multiple of the patch:",
-            f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{file}")\n'
+            f'import onnxruntime\n\nsession = onnxruntime.InferenceSession({quoted})\n'
             '(maps,) = session.run(None, {"images": images.numpy()})  # (B, h, w, D)',
         ))  # fmt: skip
     return found
@@ -160,34 +165,35 @@ def _training(training: Training) -> str:
     place = training.environment
     which = "" if training.which == "auto" else f" ({training.which})"
     start = training.start if "://" in training.start else training.start.rpartition("/")[2]
-    data, packages = (place.get("choices") or {}).get("dataset", "unknown"), place.get("packages") or {}
+    data = markdown_code(f"dataset={(place.get('choices') or {}).get('dataset', 'unknown')}")
+    packages = place.get("packages") or {}
+    facts = packages.get("neco"), place.get("git") or "unknown", packages.get("torch"), place.get("device")
     text = (
-        f"{TASKS[training.task]}, on the images of `dataset={data}`, starting from `{start}`{which}. "
-        f"neco {packages.get('neco')}, revision {place.get('git') or 'unknown'}, "
-        f"torch {packages.get('torch')}, on {place.get('device')}."
+        f"{TASKS[training.task]}, on the images of {data}, starting from {markdown_code(start)}{which}. "
+        "neco {}, revision {}, torch {}, on {}.".format(*(for_markdown(str(fact)) for fact in facts))
     )
-    rows = [[f"`{key}`", _value(value), _value(default)] for key, (value, default) in training.differs.items()]
+    differing = training.differs.items()
+    rows = [[markdown_code(key), _value(value), _value(default)] for key, (value, default) in differing]
     if not rows:
         return f"{text} All values are the defaults of `task={training.task}`."
-    differs = _table(["key", "value", "default"], rows)
+    differs = markdown_table([["key", "value", "default"], *rows])
     return f"{text} Values that differ from the defaults of `task={training.task}`:\n\n{differs}"
 
 
 def _numbers(records: Sequence[Mapping[str, Any]]) -> str:
     rows = [
-        [r["dataset"], r.get("split", ""), r["evaluation"], metric, f"{value:.4f}", f"`{r['protocol']}`"]
+        [
+            *map(for_markdown, (r["dataset"], r.get("split") or "", r["evaluation"], metric)),
+            percent(value),
+            markdown_code(r["protocol"]),
+        ]
         for r in records
         for metric, value in r["metrics"].items()
     ]
     head = ["data set", "split", "evaluation", "metric", "value", "protocol"]
     rows = [list(row) for row in dict.fromkeys(map(tuple, rows))]
-    return f"Numbers of different protocols are not comparable.\n\n{_table(head, rows)}"
+    return f"In percent. Numbers of different protocols are not comparable.\n\n{markdown_table([head, *rows])}"
 
 
 def _value(value: Any) -> str:
-    return "" if value is None else f"`{value}`"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "" if value is None else markdown_code(str(value))

@@ -1,9 +1,9 @@
 """Charts as SVG, drawn by hand: sized in their own units, coloured by page.css, named for screen readers."""
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 
+from neco.escape import for_html
 from neco.report.collect import Point
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 220, 46, 12, 10, 38
@@ -27,9 +27,16 @@ def thinned(line: Sequence[tuple[float, float]]) -> list[tuple[float, float, flo
 
 
 def chart(
-    title: str, key: str, lines: Mapping[str, Sequence[Point]], categories: Sequence[str] = (), marked: bool = False
+    title: str,
+    key: str,
+    lines: Mapping[str, Sequence[Point]],
+    categories: Sequence[str] = (),
+    marked: bool = False,
+    connected: bool = True,
 ) -> str:
     """A figure of lines over `key`, with bars of their deviations; `before` is dashed. Marked: every point is drawn.
+
+    Points that are not comparable are not connected.
 
     A key whose values span more than 50 to one has a logarithmic axis. Infinite and missing values are left out.
     """
@@ -61,32 +68,30 @@ def chart(
         name = categories[int(x)] if categories else f"{x:.6g}"
         anchor = "end" if across(x) + 4 * len(name) > WIDTH else "middle"
         name = name if len(name) <= 14 else name[:12] + "…"
-        parts.append(
-            f'<text x="{across(x)}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{html.escape(name)}</text>'
-        )
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{html.escape(key)}</text>')
+        parts.append(f'<text x="{across(x)}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{for_html(name)}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{for_html(key)}</text>')
     for colour, (name, line) in zip(_styles(lines), lines.items(), strict=True):
         path = "M" + "L".join(f"{across(x)} {up(y)}" for x, y, _, _ in line)
         parts.append(f'<g class="{colour}">')
-        parts += [f'<path class="line" d="{path}"/>'] if line and not categories else []
+        parts += [f'<path class="line" d="{path}"/>'] if line and connected and not categories else []
         for x, y, std, count in line if marked else ():
             at, value = across(x), f"{y:.1f}" + (f" ± {std:.1f} of {count}" if count > 1 else "")
             parts += [f'<path class="bar" d="M{at} {up(y - std)}V{up(y + std)}"/>'] if std else []
             told = f"{name}, {categories[int(x)] if categories else f'{x:.6g}'}: {value}"
-            parts.append(f'<circle cx="{at}" cy="{up(y)}" r="3.5"><title>{html.escape(told)}</title></circle>')
+            parts.append(f'<circle cx="{at}" cy="{up(y)}" r="3.5"><title>{for_html(told)}</title></circle>')
         parts.append("</g>")
-    ends = "; ".join(f"{name}: {_short(line[0][1])} to {_short(line[-1][1])}" for name, line in lines.items() if line)
+    ends = "; ".join(f"{name}: {first_and_last(line[0][1], line[-1][1])}" for name, line in lines.items() if line)
     ends = ends if len(lines) > 1 else ends.partition(": ")[2]
-    described = html.escape(f"{title} over {key}. {ends}.")
+    described = for_html(f"{title} over {key}. {ends}.")
     legend = "".join(
         f'<li class="{colour}"><svg viewBox="0 0 22 8" aria-hidden="true"><path class="line" d="M1 4H21"/></svg>'
-        f"{html.escape(name)}</li>"
+        f"{for_html(name)}</li>"
         for colour, name in zip(_styles(lines), lines, strict=True)
     )
     return (
-        f'<figure class="chart"><figcaption>{html.escape(title)}</figcaption>'
+        f'<figure class="chart"><figcaption>{for_html(title)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">{"".join(parts)}</svg>'
-        + (f'<ul class="legend">{legend}</ul>' if len(lines) > 1 else f'<p class="ends">{html.escape(ends)}</p>')
+        + (f'<ul class="legend">{legend}</ul>' if len(lines) > 1 else f'<p class="ends">{for_html(ends)}</p>')
         + "</figure>"
     )
 
@@ -96,7 +101,7 @@ def pair(before: float | None, after: float | None) -> str:
     start, end = (None if v is None else round(4 + 112 * v, 1) for v in (before, after))
     parts = ['<path class="grid" d="M4 7H116"/>']
     if start is not None and end is not None:
-        parts.append(f'<path class="span" d="M{start} 7H{end}"/>')
+        parts.append(f'<path class="span{" worse" if end < start else ""}" d="M{start} 7H{end}"/>')
     for at, kind in ((start, "was"), (end, "is")):
         parts += [f'<circle class="{kind}" cx="{at}" cy="7" r="4"/>'] if at is not None else []
     return f'<svg class="pair" viewBox="0 0 120 14" aria-hidden="true">{"".join(parts)}</svg>'
@@ -111,5 +116,15 @@ def _styles(lines: Mapping[str, object]) -> list[str]:
     return found
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:.4g}k"
+def first_and_last(first: float, last: float) -> str:
+    """`0.9995 to 1`: as many digits as tell the two apart, and shares near 1 from 1; at least three."""
+    for digits in range(3, 8):
+        texts = [f"{value:.{digits}g}" for value in (first, last)]
+        near = all(abs(float(t) - v) <= 0.01 * abs(1 - v) for t, v in zip(texts, (first, last), strict=True) if v < 1)
+        if near and (texts[0] != texts[1] or first == last):
+            break
+    return " to ".join(_thousands(value, text) for value, text in zip((first, last), texts, strict=True))
+
+
+def _thousands(value: float, text: str) -> str:
+    return text if abs(value) < 1000 else f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:.4g}k"

@@ -3,9 +3,7 @@
 Numbers are in percent.
 """
 
-import csv
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +12,11 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import yaml
-from safetensors import SafetensorError
-
+from neco import run_folder
 from neco.errors import NecoError
+from neco.logger import csv as metrics
 from neco.report import gallery, published
 from neco.report.gallery import Gallery
 from neco.report.published import Published
@@ -36,6 +34,7 @@ class Number:
     model: str
     dataset: str
     part: str  # of the train images: " x 1/8"
+    split: str
     evaluation: str
     metric: str
     protocol: str
@@ -50,9 +49,15 @@ class Number:
     std: float | None  # over the seeds of the evaluation, in percent
 
     @property
+    def comparable(self) -> tuple[str, str]:
+        """Equal for numbers of the same images by the same protocol; how many k there are beside this one is none."""
+        of_k = re.search(r"_k\d+$", self.metric)
+        return self.split, re.sub(r"/k=[\d,]+", "", self.protocol) if of_k else self.protocol
+
+    @property
     def name(self) -> str:
         """What it is of which data set."""
-        return f"{self.evaluation} {self.metric}, {self.dataset}"
+        return f"{self.evaluation} {self.metric}, {self.dataset}{self.part}"
 
     def beside(self, row: Published, value: float | None) -> str:
         """A published number and the difference to it, with a mark where that has another protocol."""
@@ -97,13 +102,9 @@ class Run:
         """What the run was told of a key, or what that was; empty where it has no such key."""
         if key in self.overrides:
             return self.overrides[key]
-        if chosen := self.environment.get("choices", {}).get(key):
+        if chosen := (self.environment.get("choices") or {}).get(key):
             return str(chosen)
-        node: Any = self.config
-        for part in key.split("."):
-            if not isinstance(node, dict) or part not in node:
-                return ""
-            node = node[part]
+        node = run_folder.lookup(self.config, key, "")
         return "default" if isinstance(node, dict) else str(node)
 
 
@@ -131,31 +132,24 @@ def read(path: Path, label: str = "") -> Run:
     records, said = Results(path, writes=False).records, status(path)
     if not records and not said and not (path / "metrics.csv").is_file():
         raise NecoError(f"{path}: nothing was recorded there")
-    try:
-        held = {name: path / name for name in ("config.yaml", "overrides.txt", "environment.json", "metrics.csv")}
-        texts = {name: file.read_text(errors="replace") if file.is_file() else "" for name, file in held.items()}
-        config = _mapping(yaml.safe_load(texts["config.yaml"]), "config.yaml")
-        environment = _mapping(json.loads(texts["environment.json"] or "{}"), "environment.json")
-        for name in ("choices", "packages"):
-            _mapping(environment.get(name), f"{name} in environment.json")
-        begun = config.get("task") in ("train", "finetune") and not any(record["step"] for record in records)
-        ended = "only its start was evaluated" if begun and records else "nothing was evaluated" if not records else ""
-        if said.get("status", "done") != "done":
-            ended = ": ".join(filter(None, [said["status"], str(said.get("message", "")).partition("\n")[0]]))
-        return Run(
-            path,
-            label or path.name,
-            records,
-            [] if begun else [*_numbers(path, records, config)],
-            _curves(texts["metrics.csv"]),
-            config,
-            texts["overrides.txt"].splitlines(),
-            environment,
-            gallery.load(path),
-            ended,
-        )
-    except (ValueError, TypeError, KeyError, OSError, yaml.YAMLError, SafetensorError) as error:
-        raise NecoError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+    config = run_folder.read_config(path)
+    environment = run_folder.read_json(path, "environment.json", run_folder.Environment) or {}
+    begun = config.get("task") in ("train", "finetune") and not any(record["step"] for record in records)
+    ended = "only its start was evaluated" if begun and records else "nothing was evaluated" if not records else ""
+    if said.get("status", "done") != "done":
+        ended = ": ".join(filter(None, [said["status"], said.get("message", "").partition("\n")[0]]))
+    return Run(
+        path,
+        label or path.name,
+        records,
+        [] if begun else [*_numbers(records, config, str((environment.get("choices") or {}).get("model") or ""))],
+        _curves(run_folder.read_text(path, "metrics.csv")),
+        config,
+        run_folder.read_text(path, "overrides.txt").splitlines(),
+        environment,
+        gallery.load(path),
+        ended,
+    )
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -173,25 +167,22 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     return [replace(r, label=f"{r.label}: {name}") if name and r.path.name.isdigit() else r for r, name in named]
 
 
-def _mapping(value: Any, name: str) -> dict[str, Any]:
-    """The value, empty where there is none. Raises TypeError for any other than a mapping."""
-    if not isinstance(value, dict | None):
-        raise TypeError(f"{name} is {value!r:.50}, no mapping")
-    return value or {}
-
-
 def _curves(text: str) -> dict[str, list[tuple[float, float]]]:
+    """Each column of a metrics.csv; lines that are no numbers are left out."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for row in csv.DictReader(text.splitlines()):
+    for row in filter(metrics.is_sound, metrics.parse(text)[1]):
         for name, value in row.items():
-            if name != "step" and value and row["step"]:
+            if name != "step" and value:
                 found.setdefault(name, []).append((float(row["step"]), float(value)))
     return found
 
 
-def _numbers(path: Path, records: list[dict[str, Any]], config: Mapping[str, Any]) -> Iterator[Number]:
-    """Of the last step; before is step 0, of what was not trained the network `compared`."""
-    steps, default = [record["step"] for record in records], (config.get("model") or {}).get("weights")
+def _numbers(records: list[dict[str, Any]], config: Mapping[str, Any], chosen: str) -> Iterator[Number]:
+    """Of the last step; before is step 0, of what was not trained the network `compared`.
+
+    `chosen` is the option of conf/model.
+    """
+    steps = [record["step"] for record in records]
     trained, seen = any(steps), set()
     for record in records:
         first = {"evaluation": record["evaluation"], "asked": record["asked"]}
@@ -207,31 +198,47 @@ def _numbers(path: Path, records: list[dict[str, Any]], config: Mapping[str, Any
         part = f" x {Fraction(fraction).limit_denominator(1000)}" if fraction < 1 else ""
         for metric, value in record["metrics"].items():
             before = (earlier or {"metrics": {}})["metrics"].get(metric)
-            for given in (value, value if before is None else before):
-                if not isinstance(given, int | float):
-                    raise NecoError(f"{path / 'results.json'}: {evaluation}/{metric} is {given!r}, no number")
             known = [
-                published.find(r.get("model", ""), r.get("state", ""), r["dataset"], f"{evaluation}/{metric}", fraction)
+                published.find(
+                    r.get("model") or "", r.get("state") or "", r["dataset"], f"{evaluation}/{metric}", fraction
+                )
                 for r in (record, earlier or {"dataset": ""})
             ]
             details = [((r or {}).get("details") or {}).get(metric) or {} for r in (record, earlier)]
-            iou, std = [_mapping(part.get("iou"), "IoU of the classes") for part in details], details[0].get("std")
+            iou, std = [part.get("iou") or {} for part in details], details[0].get("std")
             yield Number(
-                record["network"], record.get("model", ""), record["dataset"], part, evaluation, metric,
+                record["network"], record.get("model") or "", record["dataset"], part, record.get("split") or "val",
+                evaluation, metric,
                 record["protocol"], 100 * value, None if before is None else 100 * before,
                 known[0], known[1], iou[0], iou[1],
-                weights=record["weights"], source=_source(record, default), std=None if std is None else 100 * std,
+                weights=record["weights"], source=_source(record, config, chosen),
+                std=None if std is None else 100 * std,
             )  # fmt: skip
 
 
-def _source(record: Mapping[str, Any], default: str | None) -> str:
-    """Where the weights are from, for people; `default` is what the model says."""
-    held, state = record.get("checkpoint") or default, record.get("state")
-    if held == "none":
-        return "random"
-    if str(held).startswith("package:") and state != "after":
+def _source(record: Mapping[str, Any], config: Mapping[str, Any], chosen: str) -> str:
+    """Where the weights are from, for people: what the record says, or of the configured network its own weights."""
+    own = run_folder.lookup(config, "model.weights") if not chosen or record.get("model") in (None, chosen) else None
+    held, state = record.get("checkpoint"), record.get("state")
+    if record["step"]:
+        start = config.get("checkpoint") or own
+        start = "published weights" if start == "hub" else _weights(start)
+        return "post-trained" if state == "after" else f"trained from {start}" if start else "trained"
+    if held is None and state in ("before", "after") and not str(own).startswith("package:"):
+        return {"before": "published", "after": "post-trained"}[state]
+    if str(held or own).startswith("package:") and state == "after":
+        return "post-trained"
+    return _weights(held or own)
+
+
+def _weights(source: Any) -> str:
+    """What a `checkpoint` or the `weights` of a network mean."""
+    if source is None:
+        return ""
+    if str(source).startswith("package:"):
         return "of the package"
-    return {"before": "published", "after": "post-trained"}.get(state or "", Path(held).name if held else "")
+    known = {"none": "random", "hub": "published, in a changed network"}
+    return known.get(str(source)) or Path(urlsplit(str(source)).path).name or str(source)
 
 
 @dataclass(frozen=True)
@@ -242,6 +249,7 @@ class Plot:
     key: str
     lines: dict[str, list[Point]]
     categories: list[str]
+    connected: bool = True  # False: the key is one of how it was measured, so that no two points are comparable
 
 
 def differing(runs: Sequence[Run], seeds: bool = False) -> dict[str, list[str]]:
@@ -263,36 +271,68 @@ def sweeps(runs: Sequence[Run]) -> list[Plot]:
             name, of_k, k = n.metric.rpartition("_k")
             found.setdefault((False, n.name), []).append((i, n, ""))
             if of_k:
-                found.setdefault((True, f"{n.evaluation} {name}, {n.dataset}"), []).append((i, n, k))
-    made = []
+                found.setdefault((True, f"{n.evaluation} {name}, {n.dataset}{n.part}"), []).append((i, n, k))
+    made: list[Plot] = []
     for (over_k, title), measured in sorted(found.items(), key=lambda item: item[0][0]):
-        own = [*dict.fromkeys(i for i, _, _ in measured)]  # what differs among other runs says nothing here
-        differs = differing([runs[i] for i in own]).items()
-        said = {key: dict(zip(own, values, strict=True)) for key, values in differs if not key.endswith(".k")}
-        numeric: list[tuple[str, ...]] = [
-            (key,) for key, values in said.items() if all(_number(v) is not None for v in values.values())
-        ]
-        for axis in [("k",)] if over_k else numeric or ([(*said,)] if said else []):
-            lines: dict[str, dict[str, list[float]]] = {}
-            for i, n, k in measured:
-                told = {key: values[i] for key, values in said.items()}
-                x = k if over_k else told[axis[0]] if len(axis) == 1 else _label(told)
-                others = {key: value for key, value in told.items() if key not in (*axis, "dataset")}
-                before = {key: value for key, value in others.items() if key in ("model", "experiment")}
-                if n.before is not None:
-                    lines.setdefault(_label(before, "before"), {}).setdefault(x, []).append(n.before)
-                label = _label(others) or ("measured" if n.before is None else "after")
-                lines.setdefault(label, {}).setdefault(x, []).append(n.value)
-            made.append(_plot(title, ", ".join(axis), lines))
+        made += _plots(runs, over_k, title, measured)
     return [plot for plot in made if len({point[0] for points in plot.lines.values() for point in points}) > 1]
 
 
-def _plot(title: str, key: str, lines: Mapping[str, Mapping[str, list[float]]]) -> Plot:
+def _plots(
+    runs: Sequence[Run], over_k: bool, title: str, measured: Sequence[tuple[int, Number, str]]
+) -> Iterator[Plot]:
+    """The plots of a metric, given as (number of the run, number, k): one for all that is comparable.
+
+    Where the key is one of the evaluation itself, each point has another protocol: they share a plot, unconnected.
+    """
+    own = [*dict.fromkeys(i for i, _, _ in measured)]  # what differs among other runs says nothing here
+    differs = differing([runs[i] for i in own]).items()
+    said = {key: dict(zip(own, values, strict=True)) for key, values in differs if not key.endswith(".k")}
+    numeric = [(key,) for key, values in said.items() if all(_number(v) is not None for v in values.values())]
+    axes: list[tuple[str, ...]] = [("k",)] if over_k else [*numeric] or ([(*said,)] if said else [])
+    protocols = dict.fromkeys(n.comparable for _, n, _ in measured)
+    for axis in axes:
+        if len(protocols) > 1 and all(key.startswith("eval.") for key in axis):
+            several = f"{title}, each point by another protocol"
+            yield _plot(several, axis, said, measured, connected=False)
+            continue
+        for protocol in protocols:
+            some = [one for one in measured if one[1].comparable == protocol]
+            yield _plot(title + _distinction(protocol, [*protocols]), axis, said, some)
+
+
+def _distinction(protocol: tuple[str, str], others: Sequence[tuple[str, str]]) -> str:
+    """The parts of a protocol that not all have, for a title."""
+    parts = [other[1].split("/") for other in others]
+    own = [part for part in protocol[1].split("/") if not all(part in other for other in parts)]
+    own += [protocol[0]] if len({split for split, _ in others}) > 1 else []
+    return f" ({', '.join(own)})" if own else ""
+
+
+def _plot(
+    title: str,
+    axis: tuple[str, ...],
+    said: Mapping[str, Mapping[int, str]],
+    measured: Sequence[tuple[int, Number, str]],
+    connected: bool = True,
+) -> Plot:
+    lines: dict[str, dict[str, list[float]]] = {}
+    networks = {n.network for _, n, _ in measured}
+    for i, n, k in measured:
+        told = {key: values[i] for key, values in said.items()}
+        x = k if axis == ("k",) else told[axis[0]] if len(axis) == 1 else _label(told)
+        others = {key: value for key, value in told.items() if key not in (*axis, "dataset")}
+        others |= {"network": n.network} if len(networks) > 1 else {}
+        before = {key: value for key, value in others.items() if key in ("model", "experiment", "network")}
+        if n.before is not None:
+            lines.setdefault(_label(before, "before"), {}).setdefault(x, []).append(n.before)
+        label = _label(others) or ("measured" if n.before is None else "after")
+        lines.setdefault(label, {}).setdefault(x, []).append(n.value)
     names = list(dict.fromkeys(x for line in lines.values() for x in line))
     numbers = [_number(name) for name in names]
     at = {name: float(i) if None in numbers else float(numbers[i] or 0) for i, name in enumerate(names)}
     points = {label: sorted((at[x], *spread(v), len(v)) for x, v in line.items()) for label, line in lines.items()}
-    return Plot(title, key, points, names if None in numbers else [])
+    return Plot(title, ", ".join(axis), points, names if None in numbers else [], connected)
 
 
 def _label(told: Mapping[str, str], *more: str) -> str:
@@ -303,5 +343,5 @@ def _label(told: Mapping[str, str], *more: str) -> str:
 def _number(text: str) -> float | None:
     try:
         return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         return None

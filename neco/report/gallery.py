@@ -4,7 +4,9 @@ Shapes: n images, H W pixels of one, h w patches, D channels.
 """
 
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +17,14 @@ from PIL import Image
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from neco.dataset.base import Dataset, Sample, read_label
+from neco import run_folder
+from neco.dataset.base import IGNORE, Dataset, Sample, read_label
+from neco.errors import NecoError
 from neco.eval.pictures import Picture, stretched, thumbnail
 
 FOLDER = "pictures"
+KINDS = ("image", "jpg"), ("label", "png")
+MOST = 2**29  # values of the features of a network
 
 
 class Features(NamedTuple):
@@ -46,23 +52,31 @@ def save(drawn: Sequence[Picture], run: Path, name: str) -> list[dict[str, str |
     folder, saved = run / FOLDER / name, []
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(drawn):
-        path = folder / f"{number:03d}.{'jpg' if picture.key else 'png'}"
+        path = _free_path(run, f"{name}/{number:03d}.{'jpg' if picture.key else 'png'}")
         Image.fromarray(picture.pixels).save(path, quality=90)
         about = {"kind": picture.kind, "key": picture.key, "caption": picture.caption}
         saved.append({**about, "file": path.relative_to(run).as_posix()})
     return saved
 
 
+def _free_path(run: Path, name: str) -> Path:
+    """Where to write a file of `pictures/`. Raises NecoError for a place that a link takes out of the run folder."""
+    run_folder.locate_file(run, f"{FOLDER}/{name}")
+    return run / FOLDER / name
+
+
 def save_images(dataset: Dataset, samples: Sequence[Sample], run: Path) -> None:
-    """Keep the images that are shown, and their masks."""
+    """Keep the images that are shown, and their masks; where there are none, masks of IGNORE."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for number, sample in enumerate(samples):
-        image, label = thumbnail(sample), read_label(dataset, sample).astype(np.uint8)
-        Image.fromarray(image).save(folder / f"image-{number:03d}.jpg", quality=88)
-        Image.fromarray(stretched(label, image)).save(folder / f"label-{number:03d}.png")
+        image = thumbnail(sample)
+        known = dataset.classes and sample.mask is not None
+        label = (read_label(dataset, sample) if known else np.full(image.shape[:2], IGNORE)).astype(np.uint8)
+        Image.fromarray(image).save(_free_path(run, f"image-{number:03d}.jpg"), quality=88)
+        Image.fromarray(stretched(label, image)).save(_free_path(run, f"label-{number:03d}.png"))
     shown = {"keys": [sample.key for sample in samples], "classes": dataset.classes}
-    (folder / "shown.json").write_text(json.dumps(shown))
+    _free_path(run, "shown.json").write_text(json.dumps(shown))
 
 
 def save_features(features: Tensor, samples: Sequence[Sample], run: Path, name: str, weights: str) -> None:
@@ -77,24 +91,50 @@ def save_features(features: Tensor, samples: Sequence[Sample], run: Path, name: 
             path.unlink()
     about = {"keys": json.dumps([sample.key for sample in samples]), "network": network, "weights": weights}
     data = serialise({"features": features.half().contiguous()}, about)
-    (folder / f"features-{name}.safetensors").write_bytes(data)  # save_file's would be for the owner only
+    _free_path(run, f"features-{name}.safetensors").write_bytes(data)  # save_file's would be for the owner only
 
 
 def load(run: Path) -> Gallery | None:
     """What `save_images` and `save_features` left, equal networks once, in order of steps; None where nothing is."""
-    folder = run / FOLDER
-    if not (folder / "shown.json").is_file():
+    shown = run_folder.read_json(run, f"{FOLDER}/shown.json", run_folder.Shown)
+    if not shown or not shown["keys"]:
         return None
-    shown = json.loads((folder / "shown.json").read_text())
-    names = [f"{number:03d}" for number in range(len(shown["keys"]))]
-    images = [np.asarray(Image.open(folder / f"image-{name}.jpg")) for name in names]
-    labels = [np.asarray(Image.open(folder / f"label-{name}.png")) for name in names]
-    found: dict[str, Features] = {}
-    steps = {path: int(path.stem.rpartition("-")[2]) for path in folder.glob("features-*.safetensors")}
-    for path in sorted(steps, key=lambda path: (steps[path], path.name)):
-        with safetensors.safe_open(path, "pt") as file:
-            about = file.metadata()
-            if json.loads(about["keys"]) == shown["keys"]:
-                held = Features(about["network"], steps[path], about["weights"], file.get_tensor("features").float())
-                found.setdefault(held.weights, held)
-    return Gallery(shown["keys"], images, labels, shown["classes"], list(found.values()))
+    keys, classes = shown["keys"], shown["classes"]
+    if len(keys) > run_folder.MAX_SHOWN or len(classes) > IGNORE:
+        raise NecoError(f"{run / FOLDER / 'shown.json'}: {len(keys)} images and {len(classes)} classes are too many")
+    found = [[_picture(run, f"{kind}-{i:03d}.{end}") for i in range(len(keys))] for kind, end in KINDS]
+    images = [image if image.ndim == 3 else np.stack([image] * 3, -1) for image in found[0]]
+    labels = [np.where(label < len(classes), label, IGNORE).astype(np.uint8) for label in found[1]]
+    if wrong := [key for key, image, label in zip(keys, images, labels, strict=True) if image.shape[:2] != label.shape]:
+        raise NecoError(f"{run / FOLDER}: the mask of {wrong[0]} is not of the size of its image")
+    features: dict[str, Features] = {}
+    for part in sorted(_features(run, keys), key=lambda part: (part.step, part.network)):
+        features.setdefault(part.weights, part)
+    return Gallery(keys, images, labels, classes, list(features.values()))
+
+
+def _picture(run: Path, name: str) -> np.ndarray:
+    if (found := run_folder.read_picture(run, f"{FOLDER}/{name}")) is None:
+        raise NecoError(f"{run / FOLDER / name} is missing")
+    return found
+
+
+def _features(run: Path, keys: Sequence[str]) -> Iterator[Features]:
+    """The features of these images, of each network and step."""
+    for path in (run / FOLDER).glob("features-*.safetensors"):
+        name = re.fullmatch(r"features-(.+)-(\d{1,15})", path.stem)
+        real = run_folder.locate_file(run, f"{FOLDER}/{path.name}")
+        try:
+            with safetensors.safe_open(real, "pt") as file:
+                about = run_folder.check(file.metadata(), dict[str, str])
+                if name is None or run_folder.parse_json(about["keys"]) != keys:
+                    continue
+                shape = file.get_slice("features").get_shape()
+                if len(shape) != 4 or shape[0] != len(keys) or not 0 < math.prod(shape) <= MOST:
+                    raise ValueError(f"features of the shape {shape} for {len(keys)} images")
+                maps = file.get_tensor("features").float()
+                if not maps.isfinite().all():
+                    raise ValueError("features that are not finite")
+                yield Features(about["network"], int(name[2]), about["weights"], maps)
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            raise NecoError(f"{path} is damaged ({type(error).__name__}: {error})") from error

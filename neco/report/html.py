@@ -1,8 +1,9 @@
 """A report as one HTML page."""
 
-import html
+import io
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,29 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from neco import run_folder
 from neco.commands import format_command
+from neco.errors import NecoError
+from neco.escape import for_html
 from neco.eval.pictures import as_colours, colours, overlay
+from neco.masking import mask_nested, mask_secrets
 from neco.report import charts, similarity, tables
 from neco.report.collect import Plot, Point, Run, sweeps
 from neco.report.gallery import Features
 from neco.report.pages import HERE, address, drawn, encoded, figure, page, swatch
 from neco.report.tables import Table
-from neco.results import masked
 
+log = logging.getLogger(__name__)
+Drawing = tuple[dict[str, Any], dict[str, Any], bytes]  # a record, one of its pictures, the picture's file
 PICTURES = 5_000_000  # bytes of pictures in a page
 CURVES = 6  # runs whose curves are drawn
 TITLES = {"train": "What post-training did", "finetune": "What fine-tuning gave", "eval": "What was measured"}
 FIRST = ("loss", "kl", "agreement", "images_per_second")  # of the curves; of several runs no others
-escape = html.escape
 
 
 def title(runs: Sequence[Run]) -> str:
     """Of the whole report."""
-    return f"{len(runs)} runs" if len(runs) > 1 else TITLES.get(runs[0].config.get("task", ""), "What was measured")
+    return f"{len(runs)} runs" if len(runs) > 1 else TITLES.get(str(runs[0].config.get("task")), "What was measured")
 
 
 def write(path: Path, runs: Sequence[Run]) -> None:
@@ -63,12 +68,24 @@ def _lead(runs: Sequence[Run]) -> Iterator[str]:
     number = next(iter(run.result), None)
     about = [number.model, f"the {number.network}", f"on {number.dataset}"] if number else []
     about += [f"step {run.steps[1]}"] if run.records and run.steps[1] else []
-    yield f'<p class="quiet">{escape(", ".join([*filter(None, about), str(run.path)]))}</p><div class="cards">'
+    yield f'<p class="quiet">{for_html(", ".join([*filter(None, about), str(run.path)]))}</p><div class="cards">'
     for n in run.result[:6]:
         before = "" if n.before is None else f"<span>{n.before:.1f} →</span> "
-        change = "" if n.before is None else f"<em>{n.value - n.before:+.1f}</em> "
-        yield f'<div class="card">{escape(n.evaluation)} <b>{before}{n.value:.1f}</b>{change}{escape(n.metric)}</div>'
+        change = "" if n.before is None else f"{_change(n.value - n.before)} "
+        name, metric = for_html(n.evaluation), for_html(n.metric)
+        yield f'<div class="card">{name} <b>{before}{n.value:.1f}</b>{change}{metric}</div>'
     yield "</div>"
+
+
+def _change(value: float) -> str:
+    """A change in its colour, with an arrow: by colour alone not everybody sees which it is."""
+    text = f"{round(value, 1) + 0:+.1f}"
+    kind, arrow = ("better", "▲ ") if float(text) > 0 else ("worse", "▼ ") if float(text) < 0 else ("same", "")
+    return f'<em class="{kind}">{arrow}{text}</em>'
+
+
+def _cell(text: str, name: str) -> str:
+    return _change(float(text)) if name == "change" and text else for_html(text)
 
 
 def _table(table: Table, bars: Sequence[str] = ()) -> str:
@@ -76,30 +93,32 @@ def _table(table: Table, bars: Sequence[str] = ()) -> str:
     if not table.rows:
         return ""
     kinds = [' class="number"' if table.numeric(i) else "" for i in range(len(table.head))]
-    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(table.head, kinds, strict=True))
+    head = "".join(f'<th scope="col"{kind}>{for_html(name)}</th>' for name, kind in zip(table.head, kinds, strict=True))
     head += "<td></td>" if bars else ""
     rows = []
     for row, bar in itertools.zip_longest(table.rows, bars):
-        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True))
-        rows.append(f'<tr><th scope="row">{escape(row[0])}</th>{cells}{f"<td>{bar}</td>" if bar else ""}</tr>')
-    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+        named = zip(row[1:], kinds[1:], table.head[1:], strict=True)
+        cells = "".join(f"<td{kind}>{_cell(cell, name)}</td>" for cell, kind, name in named)
+        rows.append(f'<tr><th scope="row">{for_html(row[0])}</th>{cells}{f"<td>{bar}</td>" if bar else ""}</tr>')
+    notes = "".join(f"<li>{for_html(note)}</li>" for note in table.notes)
+    region = f'<div class="wide" tabindex="0" role="region" aria-label="{for_html(table.title)}">'
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.title)}"><table><thead><tr>{head}</tr>'
+        f"{region}<table><thead><tr>{head}</tr>"
         f"</thead><tbody>{''.join(rows)}</tbody></table></div>{f'<ul class=notes>{notes}</ul>' if notes else ''}"
     )
 
 
 def _folded(summary: str, body: str, opened: bool = False) -> str:
-    return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>{body}</details>" if body else ""
+    return f"<details{' open' if opened else ''}><summary>{for_html(summary)}</summary>{body}</details>" if body else ""
 
 
 def _sweeps(runs: Sequence[Run], plots: Sequence[Plot]) -> Iterator[str]:
     if plots:
         yield "<p>Means over the seeds; bars are standard deviations. Grey: before.</p>"
-        shown = (charts.chart(plot.title, plot.key, plot.lines, plot.categories, marked=True) for plot in plots)
+        shown = (charts.chart(p.title, p.key, p.lines, p.categories, marked=True, connected=p.connected) for p in plots)
         yield f'<div class="charts">{"".join(shown)}</div>'
         yield _folded(
-            "These as tables", "".join(f"<h3>{escape(t.title)}</h3>{_table(t)}" for t in map(tables.sweep, plots))
+            "These as tables", "".join(f"<h3>{for_html(t.title)}</h3>{_table(t)}" for t in map(tables.sweep, plots))
         )
     if len(runs) > 1:
         yield _folded("What the runs were told", _table(tables.settings(runs)))
@@ -144,14 +163,15 @@ def _classes(runs: Sequence[Run]) -> Iterator[str]:
 
 def _name(run: Run, network: str, step: int) -> str:
     """Of a network at a step, for people."""
-    trained = run.records and run.steps[1]
+    kept = run.gallery.features if run.gallery else ()
+    trained = any([*(record["step"] for record in run.records), *(part.step for part in kept)])
     return network if not trained else f"{network}, step {step}" if step else "before"
 
 
 def _similarity(runs: Sequence[Run]) -> Iterator[str]:
     shown = [run for run in runs if run.gallery and run.gallery.features]
     if not shown or not (gallery := shown[0].gallery):
-        yield '<p class="quiet">No features were kept: <code>show=8</code> keeps those of 8 images.</p>'
+        yield '<p class="quiet">No features were kept: <code>show=N</code> keeps those of N images.</p>'
         return
     networks: dict[str, tuple[str, Features]] = {}
     for run in shown:
@@ -164,10 +184,11 @@ def _similarity(runs: Sequence[Run]) -> Iterator[str]:
     images = [address(encoded(image, 320)) for image in gallery.images]
     data, note = similarity.pack(gallery, [*networks.values()], images)
     names = [network["name"] for network in data["networks"]]
-    right = next((i for i, name in enumerate(names) if "teacher" in name), len(names) - 1)
     selects = []
-    for side, preset in (("left", 0), ("right", right)):
-        options = "".join(f'<option value="{i}"{" selected" * (i == preset)}>{escape(n)}' for i, n in enumerate(names))
+    for side, preset in (("left", 0), ("right", data["right"])):
+        options = "".join(
+            f'<option value="{i}"{" selected" * (i == preset)}>{for_html(n)}' for i, n in enumerate(names)
+        )
         scale = '<span class="scale"><b></b><i></i>1</span>'
         selects.append(f"<div><label>{side} <select>{options}</select></label> {scale}</div>")
     yield (
@@ -177,7 +198,7 @@ def _similarity(runs: Sequence[Run]) -> Iterator[str]:
         f'<div id="maps"><div class="controls">{"".join(selects)}<label><input type="checkbox" checked> '
         'colours from the lowest cosine of each network (else from 0)</label></div><output aria-live="polite"></output>'
         '<div class="pairs"></div></div><noscript><p>This part needs JavaScript.</p></noscript>'
-        f'<p class="quiet">{escape(note)}</p>'
+        f'<p class="quiet">{for_html(note)}</p>'
     )
     if len(gallery.keys) > len(data["images"]) or len(networks) > len(names):
         told = f"{len(data['images'])} of {len(gallery.keys)} images and {len(names)} of {len(networks)} networks"
@@ -193,51 +214,59 @@ def _pictures(run: Run) -> Iterator[str]:
     if not gallery:
         return
     palette, left_out = colours(len(gallery.classes)), 0
-    yield f'<p class="swatches">{" ".join(swatch(*pair) for pair in zip(palette, gallery.classes, strict=True))}</p>'
+    if gallery.classes:
+        named = " ".join(swatch(*pair) for pair in zip(palette, gallery.classes, strict=True))
+        yield f'<p class="swatches">{named}</p>'
     maps = as_colours([part.maps for part in gallery.features]) if gallery.features else []
-    sizes = {path: path.stat().st_size for _, _, path in _drawings(run)}
-    shrink = min(1.0, (0.5 * room / max(1, sum(sizes.values()))) ** 0.5)  # base64, and masks and features beside them
+    drawings = [*_drawings(run)]
+    size = max(1, sum(len(data) for *_, data in drawings))
+    shrink = min(1.0, (0.5 * room / size) ** 0.5)  # base64, and masks and features beside them
     for number, key in enumerate(gallery.keys):
         image, label = gallery.images[number], gallery.labels[number]
         figures = [drawn(image, f"image {key}", "image")]
-        figures.append(drawn(overlay(image, label, palette), f"ground truth of {key}", "ground truth"))
+        if gallery.classes:
+            figures.append(drawn(overlay(image, label, palette), f"ground truth of {key}", "ground truth"))
         for part, colour in zip(gallery.features, maps, strict=True):
             told = f"principal components of features, {_name(run, part.network, part.step)}"
             source = address(encoded(colour[number], form="PNG"))
-            figures.append(figure(source, f"{told}, of {key}", escape(told), image.shape, "pixels"))
-        body = f'<div class="pictures">{"".join(figures)}</div>{_drawn(run, key, shrink)}'
+            figures.append(figure(source, f"{told}, of {key}", for_html(told), image.shape, "pixels"))
+        body = f'<div class="pictures">{"".join(figures)}</div>{_drawn(run, drawings, key, shrink)}'
         if len(body) <= room:
             room -= len(body)
             yield _folded(key, body, opened=not number)
         else:
             left_out += 1
     if left_out:
-        yield f'<p class="quiet">{left_out} more are in {escape(str(run.path / "pictures"))}.</p>'
-    yield _folded("Of all images", _drawn(run, None, 1.0))
+        yield f'<p class="quiet">{left_out} more are in {for_html(str(run.path / "pictures"))}.</p>'
+    yield _folded("Of all images", _drawn(run, drawings, None, 1.0))
 
 
-def _drawings(run: Run) -> Iterator[tuple[dict[str, Any], dict[str, Any], Path]]:
+def _drawings(run: Run) -> Iterator[Drawing]:
     """Record, picture and file of all that was drawn at the first and last step; equal networks have the same files."""
     seen = set()
     for record in run.records:
         for picture in record.get("pictures", []) if record["step"] in run.steps else []:
-            path = run.path / picture["file"]
-            if path not in seen and path.is_file():
-                seen.add(path)
-                yield record, picture, path
+            if (name := picture["file"]) in seen:
+                continue
+            seen.add(name)
+            try:
+                if run_folder.read_picture(run.path, name) is not None:
+                    yield record, picture, run_folder.read_bytes(run.path, name)
+            except NecoError as error:
+                log.warning("left out    %s", error)
 
 
-def _drawn(run: Run, key: str | None, shrink: float) -> str:
+def _drawn(run: Run, drawings: Sequence[Drawing], key: str | None, shrink: float) -> str:
     """What evaluations drew of an image (None: of all), a row for each kind."""
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for r, picture, path in _drawings(run):
-        if picture["key"] == key:
-            name, data = _name(run, r["network"], r["step"]), path.read_bytes()
+    for r, picture, data in drawings:
+        if picture.get("key") == key:
+            name = _name(run, r["network"], r["step"])
             if shrink < 1:
-                pixels = np.asarray(Image.open(path).convert("RGB"))
+                pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
                 data = encoded(pixels, round(shrink * max(pixels.shape)))
-            told = ", ".join(filter(None, [r["evaluation"], picture["kind"], name, picture["caption"]]))
-            made = figure(address(data), told + (f", of {key}" if key else ""), escape(told))
+            told = ", ".join(filter(None, [r["evaluation"], picture["kind"], name, picture.get("caption")]))
+            made = figure(address(data), told + (f", of {key}" if key else ""), for_html(told))
             rows.setdefault((r["evaluation"], picture["kind"]), {}).setdefault(name, []).append(made)
     parts = []
     for (_, kind), by_network in rows.items():  # the same patch by all networks, then the next
@@ -250,11 +279,10 @@ def _drawn(run: Run, key: str | None, shrink: float) -> str:
 def _setup(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         place = run.environment
-        parts = [f"<pre>{escape(format_command(map(masked, run.told), python='python'))}</pre>"]
-        facts = [[key, masked(str(value))] for key, value in place.items() if not isinstance(value, dict)]
-        facts += [[f"{name}, version", str(value)] for name, value in place.get("packages", {}).items()]
+        parts = [f"<pre>{for_html(format_command(map(mask_secrets, run.told), python='python'))}</pre>"]
+        facts = [[key, str(value)] for key, value in place.items() if not isinstance(value, dict)]
+        facts += [[f"{name}, version", str(value)] for name, value in (place.get("packages") or {}).items()]
         parts.append(_folded("environment", _table(Table("environment", ["what", "value"], facts))))
-        parts.append(
-            _folded("config.yaml", f"<pre>{escape(masked(yaml.safe_dump(run.config, sort_keys=False)))}</pre>")
-        )
+        config = yaml.safe_dump(mask_nested(run.config), sort_keys=False)
+        parts.append(_folded("config.yaml", f"<pre>{for_html(config)}</pre>"))
         yield _folded(run.label, "".join(parts), opened=len(runs) == 1)

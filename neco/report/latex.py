@@ -3,20 +3,11 @@
 import re
 from collections.abc import Iterable
 
+from neco.escape import for_latex
 from neco.report.tables import Table
-
-ESCAPED = {c: f"\\{c}" for c in "&%$#_{}"}
-ESCAPED |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-ESCAPED |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " ", "\r": " "}
-
 
 LONG = 60  # letters of a cell
 FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
-
-
-def escape(text: str) -> str:
-    """Text as LaTeX prints it."""
-    return "".join(ESCAPED.get(letter, letter) for letter in text)
 
 
 def latex(tables: Iterable[Table]) -> str:
@@ -30,12 +21,12 @@ def _table(table: Table) -> str:
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escape(table.title)}}}",
+        rf"\caption{{{for_latex(table.title)}}}",
         FIT,
         rf"\begin{{tabular}}{{{kinds}}}",
     ]
     lines += [r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}}"]
-    lines += [rf"\par\footnotesize {escape(note)}" for note in table.notes]
+    lines += [rf"\par\footnotesize {for_latex(note)}" for note in table.notes]
     return "\n".join([*lines, r"\end{table}", ""])
 
 
@@ -46,4 +37,4 @@ def _kind(table: Table, column: int) -> str:
 
 def _cell(text: str) -> str:
     """Numbers have a minus instead of a hyphen."""
-    return f"${text}$" if re.fullmatch(r"[-+][\d.]+", text) else escape(text)
+    return f"${text}$" if re.fullmatch(r"[-+][\d.]+", text) else for_latex(text)

@@ -1,24 +1,19 @@
 """A report as markdown."""
 
-import re
 from collections.abc import Iterable
 
+from neco.escape import for_markdown
 from neco.report.tables import Table
 from neco.results import markdown as rows_as_markdown
 
 
-def escape(text: str) -> str:
-    """Text as GitHub shows it."""
-    return re.sub(r"([\\`*<>\[\]#~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
-
-
 def markdown(title: str, tables: Iterable[Table]) -> str:
     """Headings, tables and notes."""
-    parts = [f"# {escape(title)}\n"]
+    parts = [f"# {for_markdown(title)}\n"]
     for table in tables:
         parts += [
-            f"## {escape(table.title)}\n",
-            rows_as_markdown([[*map(escape, r)] for r in (table.head, *table.rows)]),
+            f"## {for_markdown(table.title)}\n",
+            rows_as_markdown([table.head, *table.rows]),
         ]
-        parts += [f"{escape(note)}\n" for note in table.notes]
+        parts += [f"{for_markdown(note)}\n" for note in table.notes]
     return "\n".join(parts)

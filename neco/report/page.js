@@ -34,7 +34,7 @@
     Object.assign(mark.style, {left: `${100 * (column + 0.5) / w}%`, top: `${100 * (row + 0.5) / h}%`, width: `${100 / w}%`, height: `${100 / h}%`});
   };
   const maps = [[], []];
-  let chosen = {image: 0, x: 0.5, y: 0.5};
+  let chosen = data.start;
   const patchOf = (net) => [Math.floor(chosen.y * net.grid[0]), Math.floor(chosen.x * net.grid[1])];
 
   const draw = () => {
@@ -64,7 +64,8 @@
       const others = [...values.keys()].filter((i) => Math.floor(i / net.count) !== chosen.image && net.classes[i] !== 255);
       const nearest = others.sort((a, b) => values[b] - values[a]).slice(0, NEAREST), kind = net.classes[patch];
       const same = nearest.filter((i) => net.classes[i] === kind).length;
-      lines.push(`${net.name}: ` + (kind === 255 ? "the patch has no class." :
+      lines.push(`${net.name}: ` + (!data.classes.length ? "these images have no labels." : kind === 255 ? "the patch has no class." :
+        !nearest.length ? `the patch is ${data.classes[kind]}; there is no other image.` :
         `${same} of the ${nearest.length} nearest patches in other images are ${data.classes[kind]}, as this one.`));
       root.querySelectorAll(".scale b")[side].textContent = low.toFixed(2);
     });

@@ -1,7 +1,6 @@
 """HTML pages: one file each, nothing beside it, nothing from a network."""
 
 import base64
-import html
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from neco.escape import for_html
 from neco.results import write
 
 HERE = Path(__file__).parent
@@ -42,8 +42,8 @@ def figure(source: str, alt: str, caption: str = "", size: Sequence[int] = (), k
     """A picture with HTML below it. `size`: height and width whose ratio it is to have, whatever the file's are."""
     shape = f' style="aspect-ratio:{size[1]}/{size[0]}"' if size else ""
     return (
-        f'<figure><img class="{kind}" src="{source}" alt="{html.escape(alt)}"{shape}>'
-        f"<figcaption>{caption or html.escape(alt)}</figcaption></figure>"
+        f'<figure><img class="{kind}" src="{source}" alt="{for_html(alt)}"{shape}>'
+        f"<figcaption>{caption or for_html(alt)}</figcaption></figure>"
     )
 
 
@@ -54,7 +54,7 @@ def drawn(image: np.ndarray, alt: str, caption: str = "", side: int = 420) -> st
 
 def swatch(colour: np.ndarray, text: str) -> str:
     """A text behind a square of a colour."""
-    return f'<span class="swatch"><i style="background:rgb{tuple(colour.tolist())}"></i>{html.escape(text)}</span>'
+    return f'<span class="swatch"><i style="background:rgb{tuple(colour.tolist())}"></i>{for_html(text)}</span>'
 
 
 def page(path: Path, title: str, parts: Iterable[str]) -> None:
@@ -62,6 +62,6 @@ def page(path: Path, title: str, parts: Iterable[str]) -> None:
     head = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
         f'content="{POLICY}"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{(HERE / 'page.css').read_text()}</style></head><body>"
+        f"<title>{for_html(title)}</title><style>{(HERE / 'page.css').read_text()}</style></head><body>"
     )
-    write(path, "\n".join([head, f"<h1>{html.escape(title)}</h1>", *parts, "</body></html>"]) + "\n")
+    write(path, "\n".join([head, f"<h1>{for_html(title)}</h1>", *parts, "</body></html>"]) + "\n")

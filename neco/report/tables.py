@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from neco.escape import for_csv
 from neco.report.collect import Number, Plot, Run, differing
 
 MARK = "* measured by another protocol than the published number: docs/evaluate.md"
@@ -31,7 +32,7 @@ class Table:
     def csv(self) -> str:
         """As comma-separated values."""
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self.head, *self.rows])
+        csv.writer(text, lineterminator="\n").writerows([for_csv(c) for c in row] for row in (self.head, *self.rows))
         return text.getvalue()
 
 

@@ -72,6 +72,8 @@ def main(settings: Settings, job: Job, output: Path) -> None:
             useless[name] = problems or missing(lacking)
     if len(job.datasets) > 1:
         log.info("\n%s", columns(rows))
+        if settings.run.show:
+            log.warning("show=%d: images are drawn of one data set: name it with dataset=NAME", settings.run.show)
     elif settings.run.show:
         path = output / "check.html"
         pages.page(path, f"{name}: {settings.run.show} images a split", pictures(dataset, job.views, settings))

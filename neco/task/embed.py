@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils import data
+from typing_extensions import TypedDict
 
-from neco import files, interrupt, results
+from neco import files, interrupt, results, run_folder
 from neco.config import Settings, build, call
 from neco.dataset.base import Dataset, Sample, read_image
 from neco.dataset.decode import stored_size
@@ -137,6 +138,16 @@ class Images(data.Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1), read[0]
 
 
+class Header(TypedDict):
+    """What a shard says of itself, beside what `joined` keeps."""
+
+    asked: dict[str, str]
+    start: int
+    end: int
+    images: list[list[Any]]
+    bad: list[list[str]]
+
+
 class Shards:
     """The shards of a folder, and the one that is being filled.
 
@@ -177,7 +188,8 @@ class Shards:
         for path in sorted(self.folder.glob("features-*.safetensors")):
             try:
                 with safetensors.safe_open(path, "pt") as file:
-                    yield path.name, json.loads(file.metadata()["neco"])
+                    held = run_folder.parse_json(file.metadata()["neco"])
+                    yield path.name, run_folder.check(held, Header)
             except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
                 raise NecoError(f"{path} is damaged ({error}): remove it and those after it, then go on") from error
 
@@ -310,5 +322,5 @@ def _check(folder: Path, bad: Sequence[tuple[str, str]], limits: dict[str, tuple
 
 def _name(folder: Path, bad: Sequence[tuple[str, str]]) -> Path:
     path = folder / "bad_images.txt"
-    results.write(path, "".join(f"{key}\t{why}\n" for key, why in bad))
+    results.write(path, "".join(f"{key}\t{why}\n" for key, why in bad), mask=False)
     return path

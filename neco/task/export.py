@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from neco import config, results
+from neco import config, results, run_folder
 from neco.config import Settings, build
 from neco.errors import NecoError
 from neco.model import export, weights
 from neco.report import card
 from neco.task.common import locked, model_of, network_name, outline, source_of_weights
 from neco.task.run import FREE
-from neco.yaml_file import load_yaml
 
 log = logging.getLogger(__name__)
 # What cannot change a run's weights, or is told elsewhere in the card. Paths are nobody's business.
@@ -105,28 +104,26 @@ def _free(target: Path, form: export.Format) -> None:
 def trained(run: Path | None) -> card.Training | None:
     """How a run's weights were made, from its config; None without a run, or where it trained nothing."""
     try:
-        held = load_yaml(run / "config.yaml") if run else {}
+        held = run_folder.read_config(run) if run else {}
     except NecoError:  # of somebody else
         held = {}
-    if not run or str(held.get("task")) not in card.TASKS:
+    if not run or not isinstance(task := held.get("task"), str) or task not in card.TASKS:
         return None
-    defaults, here = flat(config.load(f"task={held['task']}").config), flat(held)
+    defaults, here = flat(config.load(f"task={task}").config), flat(held)
     shown = {
         key: (value, defaults.get(key))
         for key, value in here.items()
         if value != defaults.get(key) and not UNTOLD & {*_parents(key)} and key.rpartition(".")[2] not in PATHS
     }
     try:
-        environment = dict(json.loads((run / "environment.json").read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        log.warning("%s says not where it was trained: %s", run / "environment.json", error)
-        environment = {}
-    for key in ("choices", "packages"):
-        if not isinstance(environment.get(key), dict):
-            environment[key] = {}
-    model = held["model"] if isinstance(held.get("model"), dict) else {}
-    start = held.get("checkpoint") or model.get("weights") or "unknown"
-    return card.Training(held["task"], str(start), str(held.get("weights")), shown, environment)
+        environment = run_folder.read_json(run, "environment.json", run_folder.Environment)
+        why = f"{run / 'environment.json'} is missing"
+    except NecoError as error:
+        environment, why = None, str(error)
+    if environment is None:
+        log.warning("%s: the card does not say where the run took place", why)
+    start = held.get("checkpoint") or run_folder.lookup(held, "model.weights") or "unknown"
+    return card.Training(task, str(start), str(held.get("weights")), shown, environment or {})
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

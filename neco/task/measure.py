@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from neco import files
+from neco import files, run_folder
 from neco.config import Settings, option, options
 from neco.dataset.base import Dataset, Sample
 from neco.dataset.digests import Contents
@@ -24,9 +24,10 @@ from neco.logger.base import Trackers
 from neco.model import sources
 from neco.model.weights import weights_hash
 from neco.report import gallery
-from neco.results import Results
+from neco.results import Results, percent
 from neco.task import used_data
 from neco.training import memory
+from neco.training.bad import reason
 from neco.values import share
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def measure(
                     start = f"{name}-{network}-{step}"
                     measured = _run(settings, evaluation, backbone, dataset, device, store, start, asked, digest)
                     record = {**key, **place, "seed": settings.run.seed, **measured}
-                    numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in record["metrics"].items())
+                    numbers = ", ".join(f"{metric} {percent(value)} %" for metric, value in record["metrics"].items())
                     log.info("%s of the %s: %s", name, network, numbers)
                 elif same:
                     log.info("%s of the %s: the same weights as the %s", name, network, record["network"])
@@ -119,7 +120,7 @@ def measure(
         for split in sorted(used) if store.writes else ():
             used_data.note(run, _node_name(settings), dataset, split, "all")
         if show:
-            _show(settings, store, networks, dataset, device, step)
+            show_images(settings, store, networks, dataset, dataset.samples("val"), device, step)
     return found
 
 
@@ -176,7 +177,9 @@ def _incomplete(record: Mapping[str, Any], run: Path, show: int) -> bool:
         *(record.get("saved") or {}).values(),
         *(picture["file"] for picture in record.get("pictures", []) if show),
     ]
-    return bool(show and record.get("show") != show) or any(not (run / file).is_file() for file in files)
+    return bool(show and record.get("show") != show) or any(
+        not run_folder.locate_file(run, file).is_file() for file in files
+    )
 
 
 def _run(
@@ -230,17 +233,21 @@ def absent_classes(result: Result, classes: Sequence[str]) -> str | None:
     return f"{len(names)} of {len(classes)} classes occur in no mask of val: {', '.join(names)}" if names else None
 
 
-def _show(
+def show_images(
     settings: Settings,
     store: Results,
     networks: Mapping[str, nn.Module],
     dataset: Dataset,
+    samples: Sequence[Sample],
     device: torch.device,
     step: int,
 ) -> None:
-    """Keep the images that are shown and their features, for the report."""
-    samples: Sequence[Sample] = sorted(dataset.samples("val"), key=lambda sample: sample.key)
-    some, extract = shown(samples, settings.run.show), settings.build("extract", device=device)
+    """Keep `show` of these images and their features for the report, which needs no labels for that."""
+    some = [s for s in shown(sorted(samples, key=lambda s: s.key), settings.run.show) if not reason(s)]
+    if not some:
+        log.warning("show=%d: none of the images chosen to be shown can be read, so none is", settings.run.show)
+        return
+    extract = settings.build("extract", device=device)
     for name, network in networks.items():
         backbone: Any = getattr(network, "backbone", network)  # of a segmenter
         size = input_size(None, 448, backbone.patch, dataset)

@@ -18,11 +18,12 @@ from neco.config import Settings, walk_values
 from neco.dataset.base import Dataset, Sample
 from neco.errors import NecoError
 from neco.logger.base import Trackers
+from neco.masking import mask_nested
 from neco.model import sources, weights
 from neco.schema import Trainings
 from neco.task import used_data
 from neco.task.common import device_name, source_of_weights
-from neco.task.measure import measure, origin
+from neco.task.measure import measure, origin, show_images
 from neco.training import data, strategies
 from neco.training.bad import BadImages
 from neco.training.base import Module
@@ -104,7 +105,11 @@ class Run:
         self.source = source_of_weights(settings)
         begun = origin(settings, self.source[0], trained=True)
         said = begun["model"], begun["state"] if options.node == "train" else ""
-        self.saved: dict[str, Any] = {"config": settings.config, "files": listing, "classes": list(classes)}
+        self.saved: dict[str, Any] = {
+            "config": mask_nested(settings.config),
+            "files": listing,
+            "classes": list(classes),
+        }
         self.saved["origin"] = said
         self.saved["images"] = used_data.sample_contents(
             samples, settings.config["dataset"].get("index"), bool(classes)
@@ -162,6 +167,11 @@ class Run:
             self.settings, self.trackers, networks, dict.fromkeys(networks, about), dataset, name, self.device,
             step=step, epoch=round(self.plan.epoch(step), 4), evaluations=evaluations,
         )  # fmt: skip
+
+    def show(self, networks: Mapping[str, nn.Module], dataset: Dataset, step: int) -> None:
+        """Keep `show` of the images that are trained on, as the networks see them, where nothing is evaluated."""
+        with torch.random.fork_rng():
+            show_images(self.settings, self.store, networks, dataset, dataset.samples("train"), self.device, step)
 
     def note(self, row: Mapping[str, float], step: int) -> None:
         """Tell the trackers a step's numbers; checkpoints say how many rows there were."""
@@ -246,7 +256,8 @@ class Run:
         history = self.store.history(options.monitor)
         best, value = max(history, key=lambda pair: pair[1])
         step, now = history[-1]
-        log.info("monitor     %s: %.4f at step %d, best %.4f at step %d", options.monitor, now, step, value, best)
+        told = options.monitor, results.percent(now), step, results.percent(value), best
+        log.info("monitor     %s: %s %% at step %d, best %s %% at step %d", *told)
         if best == step and self.leads:
             if len(history) == 1 and self.checkpoints.set_aside("best.ckpt", f"best_before_{step}.ckpt"):
                 log.warning("evaluated by other values or images than before: the best is looked for anew")
@@ -265,7 +276,8 @@ class Run:
             return None
         best, value = max(self.store.history(monitor), key=lambda pair: pair[1])
         held = self.checkpoints.last.with_name("best.ckpt")
-        log.info("best        %s, step %d: %s = %.4f", held if held.is_file() else "not kept", best, monitor, value)
+        kept = held if held.is_file() else "not kept"
+        log.info("best        %s, step %d: %s = %s %%", kept, best, monitor, results.percent(value))
         return results.Objective(monitor, value)
 
 
@@ -333,7 +345,7 @@ def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
         raise NecoError(
             f"{key}={path} is no checkpoint of a run; to start from its weights: {format_override('checkpoint', path)}"
         )
-    changed = differences(before["config"], saved["config"])
+    changed = differences(mask_nested(before["config"]), saved["config"])
     if before.get("files") != saved["files"]:
         changed.append("the list of training images")
     if before.get("classes", []) != saved["classes"]:

@@ -161,14 +161,17 @@ def _train(settings: Settings, job: Job, run: Run) -> Objective | None:
         compiled.compile_step(module, len({size for sizes in _sizes(job.views) for size in sizes}))
 
     def evaluate(trained: PostTraining, step: int) -> None:
-        if job.val:
+        if job.val or settings.run.show:
             networks = {"student": trained.student.backbone}
             if trained.teacher and options.teacher == "ema":  # else its backbone never moves
                 networks["teacher"] = trained.teacher.backbone
             whole = {k: strategies.plain(network, lambda: settings.build("model")) for k, network in networks.items()}
             # Images of evaluations have other sizes, each of which would be compiled
             with torch.compiler.set_stance("force_eager") if job.compiled else contextlib.nullcontext():
-                run.measure(whole, job.val, job.val_name, step)
+                if job.val:
+                    run.measure(whole, job.val, job.val_name, step)
+                else:
+                    run.show(whole, job.dataset, step)
 
     _announce(settings, job, module, start, run.output)
     views = data.MultiView(job.samples, job.views, settings.run.seed, plain=job.views.batched(job.device))
