@@ -65,7 +65,7 @@ def note(folder: Path, node: str, dataset: Dataset, split: str, compared: Compar
     """Write to data.json what a split holds; `node`: its key in the configuration."""
     path = folder / FILE
     held = {**_read(path), f"{node}/{split}": [compared, _digest(dataset, split, compared)]}
-    results.write(path, json.dumps(held, indent=1) + "\n")
+    results.write(path, json.dumps(held, indent=1) + "\n", mask=False)
 
 
 def changed(folder: Path, build: Callable[[str], Dataset]) -> str | None:
