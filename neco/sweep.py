@@ -100,7 +100,7 @@ def summary(folder: Path) -> str:
     protocols = dict.fromkeys(f"protocol  {r['evaluation']}: {r['protocol']}" for job in done for r in found[job])
     damaged = (said[job]["message"] for job in jobs if said[job]["status"] == "damaged")
     signed = "; with a sign: the change since step 0, `before`, of the lines below that" if before else ""
-    below = [f"in percent; (n): runs, mean ± standard deviation{signed}", *protocols, *damaged]
+    below = [f"(n): runs, mean ± standard deviation, in percent{signed}", *protocols, *damaged]
     text, sheet = "\n".join([columns(rows), *map(one_line, below)]) if jobs else f"(no jobs in {folder})", io.StringIO()
     head = dict.fromkeys(key for row in table for key in row)
     writer = csv.DictWriter(sheet, head, restval="", lineterminator="\n")
