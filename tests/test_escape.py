@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from neco import escape
-from neco.report import latex
+from neco.report import card, latex
 from neco.report.tables import Table
 from neco.results import columns, markdown
 
@@ -86,3 +86,15 @@ def test_latex_keeps_rows_and_cells(tmp_path) -> None:
     (tmp_path / "a.tex").write_text(f"{head}\n{text.replace('中', '')}\n\\end{{document}}")
     done = subprocess.run([program, "-interaction=batchmode", "-halt-on-error", "a.tex"], cwd=tmp_path)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("name", NAMES[:-2])
+def test_a_model_card_says_names_and_obeys_none(name: str) -> None:
+    record = {"dataset": name, "split": name, "evaluation": name, "protocol": name, "metrics": {name: 0.3333}}
+    table = card._numbers([record]).splitlines()
+    assert len(table) == 5 and len(re.findall(r"(?<!\\)(?:\\\\)*\|", table[-1])) == 7 and "33.33" in table[-1]
+    place = {"choices": {"dataset": name}, "git": name, "packages": {"neco": name, "torch": name}, "device": name}
+    text = card._training(card.Training("train", name, "auto", {name: (name, name)}, place))
+    for plain in (re.sub(r"(`+).*?(?<!`)\1(?!`)", "", part, flags=re.DOTALL) for part in (*table, text)):
+        found = plain.replace("[arXiv 2408.11054](https://arxiv.org/abs/2408.11054)", "")
+        assert not re.search(r"(?<!\\)(?:\\\\)*[<>\[\]#$@]", found) and "://" not in found, found

@@ -168,9 +168,10 @@ def _training(training: Training) -> str:
     data = markdown_code(f"dataset={(place.get('choices') or {}).get('dataset', 'unknown')}")
     packages = place.get("packages") or {}
     facts = packages.get("neco"), place.get("git") or "unknown", packages.get("torch"), place.get("device")
+    neco, revision, torch, device = (for_markdown(str(fact)) for fact in facts)
     text = (
         f"{TASKS[training.task]}, on the images of {data}, starting from {markdown_code(start)}{which}. "
-        "neco {}, revision {}, torch {}, on {}.".format(*(for_markdown(str(fact)) for fact in facts))
+        f"neco {neco}, revision {revision}, torch {torch}, on {device}."
     )
     differing = training.differs.items()
     rows = [[markdown_code(key), _value(value), _value(default)] for key, (value, default) in differing]
