@@ -6,7 +6,6 @@ read: a link or `..` that leads out of the folder, a pipe, a device.
 
 import io
 import json
-import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -219,8 +218,3 @@ def lookup(node: Mapping[str, Any], key: str, default: Any = None) -> Any:
             return default
         found = found[part]
     return found
-
-
-def finite(value: float | None) -> bool:
-    """Return True for a number that can be drawn."""
-    return value is not None and math.isfinite(value)
