@@ -17,7 +17,7 @@ from typing import Any
 from neco import config, files, interrupt, processes, startup
 from neco.errors import NecoError
 from neco.masking import print_exception, print_line
-from neco.user_options import check_option_file, check_override, is_option_file, machine_files
+from neco.user_options import check_option_file, check_option_name, check_override, is_option_file, machine_files
 from neco.yaml_file import load_yaml
 
 USAGE = """neco: dense post-training of vision transformers, and what it does to their features
@@ -233,15 +233,32 @@ def extend_hydra() -> None:
             return Path(self.path, self._normalize_file_name(config_path))
 
     def is_option(config_path: str) -> bool:
-        group, *names = config_path.split("/")
-        return group in groups and ".." not in names
+        return config_path.split("/")[0] in groups
+
+    class Names(FileConfigSource):
+        """Asked first, it has nothing and refuses names by which the sources after it would read other folders."""
+
+        @staticmethod
+        def scheme() -> str:
+            return "names"
+
+        def is_group(self, config_path: str) -> bool:
+            check_option_name(config_path)
+            return False
+
+        is_config = is_group
+
+        def available(self) -> bool:
+            return True
 
     class UserFolders(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            search_path.prepend("neco-names", "names://")
             for path in config.user_folders():
                 search_path.append("neco-user", f"options://{path}")
 
-    SourcesRegistry.instance().register(Options)
+    for source in (Names, Options):
+        SourcesRegistry.instance().register(source)
     for plugin in (UserFolders, launch.Launcher, search.Optuna):
         Plugins.instance().register(plugin)
     elsewhere: Any = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))  # Hydra takes none from here

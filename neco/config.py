@@ -115,6 +115,8 @@ def project_targets(group: str) -> frozenset[str]:
 def user_targets(group: str) -> set[str]:
     """Return the `_target_`s of the options that users have of their own. What else lies there counts for nothing."""
     found: set[Any] = set()
+    if group not in groups():  # `extract` and `head` have no options
+        return found
     for path in (path for base in user_folders() for path in base.glob(f"{group}/**/*.yaml")):
         with contextlib.suppress(NecoError):
             found.add(str(load_yaml(path).get("_target_", "")))

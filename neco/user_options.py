@@ -15,8 +15,7 @@ from neco.errors import NecoError
 from neco.yaml_file import load_yaml
 
 HYDRA = ("mode", "sweep", "sweeper")  # keys of `hydra` that experiments and sweeps may set
-# Settings that can run commands: shell lines, and any option of sbatch
-RUNS_CODE = ("launcher.setup", "launcher.extra")
+RUNS_CODE = ("setup", "extra")  # keys of `launcher` that can run commands: shell lines, and any option of sbatch
 
 
 def is_option_file(path: Path) -> bool:
@@ -28,6 +27,15 @@ def is_option_file(path: Path) -> bool:
     if known and not there:
         raise NecoError(f"{path}: is no file, or a link to none")
     return there
+
+
+def check_option_name(name: str) -> None:
+    """Raise NecoError for the name of an option, GROUP/NAME, that would lead out of the folders of options.
+
+    Files elsewhere, named in the `defaults` of an option for example, would be read unchecked.
+    """
+    if name.startswith("/") or ".." in name.split("/"):
+        raise NecoError(f"{name}: the name of an option leads out of its group; options are GROUP/NAME without '..'")
 
 
 def check_option_file(path: Path, group: str, package: str | None) -> None:
@@ -43,6 +51,7 @@ def check_option_file(path: Path, group: str, package: str | None) -> None:
         raise NecoError(
             f"{path}: adds to the node hydra; only its keys {', '.join(HYDRA)} can be set, as hydra: {{...}}"
         )
+    _check_launcher(path, node, packages)
     if group == "machine":
         _check_machine(path, node, package)
         return
@@ -56,7 +65,7 @@ def check_option_file(path: Path, group: str, package: str | None) -> None:
             raise NecoError(f"{path}: hydra: {text!r:.100}: Hydra's own keys take no references; write the value")
     params = (hydra.get("sweeper") or {}).get("params") or {}
     for key in (str(key).lstrip("+~") for key in params):
-        if re.match(r"hydra\b", key) or key == "trust_pickle":
+        if {"hydra", "trust_pickle", "launcher"} & {*re.findall(r"\w+", key)}:  # also as `experiment@hydra`
             raise NecoError(f"{path}: hydra.sweeper.params: {key} can be set on the command line only")
 
 
@@ -69,10 +78,20 @@ def _check_machine(path: Path, node: dict[str, Any], package: str | None) -> Non
                 f"{path}: {key}: a machine file holds settings only, it chooses no options and no components"
             )
     call(refuse_components, str(path), value=node, where="")
-    trusted = path.parent.parent.resolve() == user_folders()[-1].resolve()
-    for key in () if trusted else set(flatten(node)) & set(RUNS_CODE):
-        own = user_folders()[-1] / "machine" / path.name
-        raise NecoError(f"{path}: {key} can run commands: set it on the command line or in {own}")
+
+
+def _check_launcher(path: Path, node: Mapping[str, Any], packages: list[str]) -> None:
+    """Raise NecoError where an option sets what can run commands, unless it is in the user's config folder."""
+    own = user_folders()[-1]
+    if any(folder.resolve() == own.resolve() for folder in path.parents):
+        return
+    given = node.get("launcher")
+    keys = [f"launcher.{key}" for key in flatten(given) if key in RUNS_CODE]
+    keys += ["launcher"] if isinstance(given, str) else []  # a reference, which may stand for these keys
+    keys += ["launcher" for name in packages if "launcher" in name.split(".")]
+    if keys:
+        machine = own / "machine" / (path.name if path.parent.name == "machine" else "default.yaml")
+        raise NecoError(f"{path}: {keys[0]} can run commands: set it on the command line or in {machine}")
 
 
 def check_override(override: str) -> None:

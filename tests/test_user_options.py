@@ -47,6 +47,7 @@ MACHINE = {
     "package": (f"defaults: [/loss@hydra.callbacks.x: neco]\nx: {HARM}", "adds to the node hydra"),
     "shell": ("launcher: {setup: [touch canary]}", "launcher.setup can run commands"),
     "sbatch": ("launcher: {extra: {export: BASH_ENV}}", "launcher.extra can run commands"),
+    "shell by reference": ("launcher: \"${oc.create:'{setup: [touch canary]}'}\"", "launcher can run commands"),
     "trust": ("trust_pickle: true", "trust_pickle=True: say it on the command line"),
     "reference": (
         "loss: \"${oc.create:'{_target_: planted.Harm}'}\"",
@@ -157,12 +158,33 @@ PRESETS = {
         "hydra: {sweeper: {params: {+hydra.job_logging.handlers.x.(): planted.Harm}}}",
         "hydra.sweeper.params: hydra.job_logging",
     ),
+    "params by a package": (
+        "hydra: {sweeper: {params: {+loss@hydra.job_logging: 'other,other'}}}",
+        "hydra.sweeper.params: loss@hydra.job_logging",
+    ),
+    "params for shell lines": (
+        "hydra: {sweeper: {params: {launcher.setup: '[touch canary]'}}}",
+        "hydra.sweeper.params: launcher.setup",
+    ),
+    "params that lead out": (
+        "hydra: {mode: MULTIRUN, sweeper: {params: {loss: ../../proc/self/cwd/outside}}}",
+        "../../proc/self/cwd/outside: the name of an option leads out of its group",
+    ),
+    "shell": ("launcher: {setup: [touch canary]}", "launcher.setup can run commands"),
+    "shell by a package": ("defaults: [/loss@launcher: neco]", "launcher can run commands"),
+    "outside": (f"defaults: [{'/..' * 20}/proc/self/cwd/outside]", "leads out of its group"),
+    "outside by a reference": (
+        f"defaults: [\"${{oc.decode:'\\\"{'/..' * 20}/proc/self/cwd/outside\\\"'}}\"]",
+        "error: ",
+    ),
+    "outside by its whole path": ("defaults: [//proc/self/cwd/outside]", "leads out of its group"),
     "params for trust": ("hydra: {sweeper: {params: {trust_pickle: true}}}", "hydra.sweeper.params: trust_pickle"),
     "package": ("defaults: [/loss@hydra.callbacks.x: neco]", "adds to the node hydra"),
     "package in a list": ("defaults: [{/loss@_global_.hydra.callbacks.x: neco}]", "adds to the node hydra"),
     "component": ("loss: {_target_: planted.Harm}", "loss._target_='planted.Harm': no option of loss names this class"),
     "head": ("head: {_target_: planted.Harm}", "head._target_='planted.Harm': no option of head names this class"),
     "extract": ("extract: {_target_: planted.Harm}", "extract._target_='planted.Harm': no option of extract"),
+    "extract, which is no group": ("extract: {_target_: planted.Other}", "extract._target_='planted.Other': no option of"),
     "value": (f"loss: {{grid: {HARM}}}", "loss.grid._target_='planted.Harm': a value holds data only"),
     "spine": (f"train: {{steps: [{HARM}]}}", "train.steps._target_='planted.Harm': a value holds data only"),
     "machine by the back door": (
@@ -178,6 +200,8 @@ PRESETS = {
 def test_a_preset_of_the_working_folder_runs_nothing(inside, planted, tmp_path, name, group):
     text, words = PRESETS[name]
     write(tmp_path / "machine/other.yaml", f"{HEAD}loss: {HARM}\n")
+    write(tmp_path / "extract/other.yaml", "_target_: planted.Other\n")
+    write(tmp_path / "outside.yaml", "# @package hydra.job_logging\nformatters: {x: {(): planted.Harm}}\n")
     write(tmp_path / f"{group}/mine.yaml", f"{HEAD}{text}\n")
     for mode in ((), ("-m",)):
         code, said = inside("task=train", "dataset.train=4", "dataset.val=2", f"{group}=mine", *mode)
