@@ -21,7 +21,7 @@ import yaml
 from conftest import ROOT, SMALL, losses
 from PIL import Image
 
-from neco import config, load_backbone
+from neco import config, load_backbone, results
 from neco.errors import NecoError
 from neco.loss.neco import NeCo
 from neco.model.weights import weights_hash
@@ -451,6 +451,37 @@ def test_the_best_of_other_values_is_set_aside(train, monkeypatch):
     train(*WATCH, "train.steps=8", "eval.overcluster.restarts=2", f"train.resume={folder}/checkpoints/last.ckpt")
     best = {path.name: torch.load(path, weights_only=True)["global_step"] for path in folder.glob("checkpoints/best*")}
     assert len(best) == 2 and max(best.values()) > 4 and min(best.values()) < 4, best
+
+
+def test_numbers_best_and_patience_stay_with_data_that_moved(train, monkeypatch, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3), np.uint8)
+        for folder, array in (("images", pixels), ("masks", pixels[..., 0] // 128)):
+            (first / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(first / folder / f"{number:02d}.png")
+    (first / "train.txt").write_text("".join(f"{number:02d}\n" for number in range(8)))
+    (first / "val.txt").write_text("".join(f"{number:02d}\n" for number in range(8, 12)))
+
+    def data(root: Path) -> list[str]:
+        given = {"root": root / "images", "masks": root / "masks", "classes": "[dark,light]"}
+        given |= {"train_list": root / "train.txt", "val_list": root / "val.txt"}
+        return ["dataset=folder", *(f"dataset.{key}={value}" for key, value in given.items())]
+
+    numbers(monkeypatch, [0.1, 0.5, 0.0, 0.2, 0.0])  # at steps 0 (both networks), 2 and 4
+    watch = [*WATCH, "train.patience=3", "~dataset@val_dataset"]
+    folder = train(*data(first), *watch, "train.steps=4")
+    shutil.copytree(first, second, copy_function=shutil.copyfile)  # with new times
+    shutil.rmtree(first)
+    numbers(monkeypatch, [0.3, 0.0, 0.4, 0.0])  # of what is measured anew; two more without a better one are enough
+    last = f"train.resume={folder}/checkpoints/last.ckpt"
+    train(*data(second), *watch, "train.steps=12", last)
+    held = json.loads((folder / "results.json").read_text())
+    student = {r["step"]: r["metrics"]["miou_k4"] for r in held if r["network"] == "student"}
+    assert list(student.values())[:3] == [0.1, 0.5, 0.2] and len({r["asked"] for r in held}) == 1, student
+    kept = {path.name: torch.load(path, weights_only=True)["global_step"] for path in folder.glob("checkpoints/*")}
+    assert kept["best.ckpt"] == 2 and "best_before_6.ckpt" not in kept and kept["last.ckpt"] < 12, kept
+    assert "before" in results.table(held).splitlines()[0], results.table(held)
 
 
 def test_numbers_of_another_data_set_are_not_taken_over(train):

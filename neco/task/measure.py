@@ -32,7 +32,8 @@ from neco.values import share
 
 log = logging.getLogger(__name__)
 Origin = Mapping[str, Any]  # see `origin`
-KEPT = ("root", "masks", "index", "files", "weight", "max_bad")  # keys of a data set that change no number
+# Keys of a data set that change no number; names of images and what files hold are looked at themselves
+KEPT = ("root", "masks", "train_list", "val_list", "index", "files", "weight", "max_bad")
 
 
 def origin(

@@ -53,7 +53,7 @@ FREE = {
     "dataset.masks",
     "dataset.max_bad",
     "dataset.index",
-    "dataset.files",  # the list of images itself is compared
+    *("dataset.files", "dataset.train_list", "dataset.val_list"),  # the list of images itself is compared
     "finetune.stride",
     "augment.colour",
 }
