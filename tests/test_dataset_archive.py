@@ -190,6 +190,21 @@ def test_links_lead_to_their_files_or_are_named(tmp_path):
         assert {key: read_bytes(ref) for key, ref in found.items()} == wanted
 
 
+def test_links_that_make_far_more_than_there_is_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "LINKED", (1000, 20))
+    with tarfile.open(tmp_path / "bomb.tar", "w") as out:
+        for number in range(100):
+            out.addfile(tarfile.TarInfo(f"real/{number}.jpg"))
+            link = tarfile.TarInfo(f"link{number}")
+            link.type, link.linkname = tarfile.SYMTYPE, "real"
+            out.addfile(link)
+    with pytest.raises(NecoError, match=r"bomb\.tar: links to folders make more than 4,000 files of 200, as in no set"):
+        archive.content(str(tmp_path / "bomb.tar"), tmp_path / "index")
+    assert not [*(tmp_path / "index").glob("*.npz")]
+    monkeypatch.setattr(archive, "LINKED", (20_000, 20))
+    assert len(archive.content(str(tmp_path / "bomb.tar"), tmp_path / "index").names) == 100 * 101
+
+
 def test_later_members_of_a_name_win_and_the_end_must_be_there(tmp_path):
     with tarfile.open("a.tar", "w") as out:
         for data in (b"old", b"new!"):

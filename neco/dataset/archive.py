@@ -48,6 +48,7 @@ ODD = (
     IndexError,
     MemoryError,
 )  # what the readers raise besides on damaged archives
+LINKED = 1_000_000, 20  # more names than that, by links to folders and beyond 20 times what there is, are no images
 HEADER = 512  # bytes of a tar's member, right before its content
 LOOKS = 16  # members by which an index is checked where the file system does not tell whether the archive is the same
 # Offset of the content (tar) or of the local header (zip), bytes there, bytes of the content, CRC-32 (tar: of the
@@ -225,7 +226,7 @@ def _content(path: str, state: State, index: Path | None) -> Content:
         opened.cache_clear()  # an archive in the place of another may have its time
         with Path(path).open("rb") as file:
             scanned = _scan(file.fileno(), 0, size, path)
-            members = _linked(dict(track(scanned, f"index of {path}")))
+            members = _linked(dict(track(scanned, f"index of {path}")), path)
         names = sorted(members)
         rows = np.array([members[name] for name in names], np.int64).reshape(-1, 5)
         if settled:
@@ -302,8 +303,11 @@ def _zip(file: BinaryIO, start: int) -> Iterator[tuple[str, Row | str]]:
                 yield info.filename, row
 
 
-def _linked(found: dict[str, Row | str]) -> dict[str, Row]:
-    """Links replaced by what they lead to: a file, or all that is in a folder."""
+def _linked(found: dict[str, Row | str], path: str) -> dict[str, Row]:
+    """Links replaced by what they lead to: a file, or all that is in a folder.
+
+    Raises NecoError where links make far more of the archive at `path` than there is.
+    """
     files: dict[str, Row] = {}
     folders: dict[str, str] = {}
     for name, entry in found.items():
@@ -316,6 +320,11 @@ def _linked(found: dict[str, Row | str]) -> dict[str, Row]:
     names = sorted(files) if folders else []
     for name, target in folders.items():
         below = names[bisect_left(names, f"{target}/") : bisect_left(names, f"{target}0")]  # "0" follows "/"
+        if len(files) + len(below) > max(LINKED[0], LINKED[1] * len(found)):
+            raise NecoError(
+                f"{path}: links to folders make more than {len(files):,} files of {len(found):,}, as in no set of "
+                "images. If you trust where it is from, unpack it"
+            )
         if below and not f"{name}/".startswith(f"{target}/"):
             files |= {name + other[len(target) :]: files[other] for other in below}
         else:
