@@ -1,5 +1,8 @@
 """`python -m neco`: compose conf/, validate all of it, run the task."""
 
+from neco import import_path  # noqa: F401  # first, so that what follows is not taken from the working folder
+
+# isort: split
 import contextlib
 import errno
 import functools
@@ -257,6 +260,8 @@ def extend_hydra() -> None:
             for path in config.user_folders():
                 search_path.append("neco-user", f"options://{path}")
 
+    with config.without_working_folder():
+        Plugins.instance()  # imports all of hydra_plugins that it finds
     for source in (Names, Options):
         SourcesRegistry.instance().register(source)
     for plugin in (UserFolders, launch.Launcher, search.Optuna):

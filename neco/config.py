@@ -17,6 +17,7 @@ import inspect
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -80,6 +81,17 @@ def user_folders() -> list[Path]:
         ) from error
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return [here, config / "neco"]
+
+
+@contextlib.contextmanager
+def without_working_folder() -> Iterator[None]:
+    """A block in which no module is imported from the working folder. Raises NecoError where there is none."""
+    before, here = sys.path[:], user_folders()[0]
+    sys.path[:] = [path for path in before if path and Path(path).absolute() != here]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def options(group: str) -> list[str]:
@@ -446,10 +458,13 @@ def load(*overrides: str) -> Settings:
     """The validated settings of `python -m neco OVERRIDES`, for scripts, notebooks and tests."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
     from omegaconf import OmegaConf
 
     register_resolvers()
     around, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a run that this is called from
+    with without_working_folder():
+        Plugins.instance()  # imports all of hydra_plugins that it finds
     try:
         with initialize_config_dir(str(folder()), version_base="1.3"):
             composed = compose("config", list(overrides), return_hydra_config=True)

@@ -1,10 +1,12 @@
 """Option files in the working folder: settings are taken and told, nothing is run, what cannot be read is named."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from neco import config
 from neco.cluster import Slurm
@@ -174,7 +176,7 @@ PRESETS = {
     "shell by a package": ("defaults: [/loss@launcher: neco]", "launcher can run commands"),
     "outside": (f"defaults: [{'/..' * 20}/proc/self/cwd/outside]", "leads out of its group"),
     "outside by a reference": (
-        f"defaults: [\"${{oc.decode:'\\\"{'/..' * 20}/proc/self/cwd/outside\\\"'}}\"]",
+        f'defaults: ["${{oc.decode:\'\\"{"/.." * 20}/proc/self/cwd/outside\\"\'}}"]',
         "error: ",
     ),
     "outside by its whole path": ("defaults: [//proc/self/cwd/outside]", "leads out of its group"),
@@ -184,7 +186,10 @@ PRESETS = {
     "component": ("loss: {_target_: planted.Harm}", "loss._target_='planted.Harm': no option of loss names this class"),
     "head": ("head: {_target_: planted.Harm}", "head._target_='planted.Harm': no option of head names this class"),
     "extract": ("extract: {_target_: planted.Harm}", "extract._target_='planted.Harm': no option of extract"),
-    "extract, which is no group": ("extract: {_target_: planted.Other}", "extract._target_='planted.Other': no option of"),
+    "extract, which is no group": (
+        "extract: {_target_: planted.Other}",
+        "extract._target_='planted.Other': no option of",
+    ),
     "value": (f"loss: {{grid: {HARM}}}", "loss.grid._target_='planted.Harm': a value holds data only"),
     "spine": (f"train: {{steps: [{HARM}]}}", "train.steps._target_='planted.Harm': a value holds data only"),
     "machine by the back door": (
@@ -214,6 +219,19 @@ def test_a_sweep_of_the_users_own_is_taken(inside, tmp_path):
     light = ("task=embed", "weights=none", "dataset.train=2", "dataset.val=2", "embed.size=32", "extract.workers=0")
     code, said = inside(*light, "sweep=mine", "run_dir=all")
     assert code == 0 and {p.name for p in (tmp_path / "all").glob("seed*")} == {"seed-1", "seed-2"}, said
+
+
+def test_modules_of_the_working_folder_replace_none_and_are_no_plugins(tmp_path):
+    code = f"from pathlib import Path\nPath({str(tmp_path / 'canary')!r}).touch()\n"
+    for name in ("torch", "yaml", "random", "hydra", "hydra_plugins/theirs"):
+        write(tmp_path / f"{name}.py", code)
+    write(tmp_path / "own.py", "from neco.loss.neco import NeCo\n\n\nclass Own(NeCo):\n    pass\n")
+    write(tmp_path / "loss/mine.yaml", "defaults: [neco]\n_target_: own.Own\n")
+    command = [sys.executable, "-m", "neco", "loss=mine", "loss.steepness=x", "dataset.train=4", "dataset.val=2"]
+    place = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, cwd=tmp_path, env=place, capture_output=True, text=True)
+    assert found.returncode == 2 and found.stderr.startswith("error: loss.steepness='x': "), found.stderr
+    assert not (tmp_path / "canary").exists(), "a module of the working folder ran"
 
 
 def test_options_of_hydra_are_not_taken_from_the_working_folder(inside, planted, tmp_path):
