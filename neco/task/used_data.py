@@ -97,4 +97,5 @@ def _read(path: Path) -> Mapping[str, Any]:
         held = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    return {key: value for key, value in held.items() if isinstance(value, list) and len(value) == 2}
+    pairs = held.items() if isinstance(held, dict) else ()  # it may have been made by others
+    return {key: value for key, value in pairs if isinstance(value, list) and len(value) == 2}
