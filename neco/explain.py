@@ -41,8 +41,8 @@ class Names:
         options = {group: config.options(group) for group in config.groups() if group not in ("hydra", "machine")}
         keys: dict[str, list[str]] = {}
         lists = {*config.LISTS}
-        for group, name, node in _nodes(options):
-            own = group and group not in ("task", "experiment", "sweep")
+        for group, name, node in _nodes({**options, **{group: config.options(group) for group in HYDRA}}):
+            own = group and group not in ("task", "experiment", "sweep", *HYDRA)  # the others' files begin at the top
             prefix = f"{group}.{name}." if group in config.LISTS else f"{group}." if own else ""
             for key, value in _leaves(node, prefix):
                 owner = f"{group}={name}" if group else ""

@@ -282,7 +282,7 @@ def test_tasks_run_nothing_of_a_checkpoint(place, network, cache, tmp_path, monk
 def test_a_run_is_not_gone_on_with_harm(place, network, tmp_path):
     """`find` compares what a checkpoint says; it neither builds nor breaks."""
     settings = config.load("task=train", *SMALL)
-    saved = {"config": settings.config, "files": "x", "classes": ["a"], "rows": 3, "origin": ("", "")}
+    saved = {"config": settings.config, "files": "x", "classes": ["a"], "rows": 3, "origin": ("", ""), "images": {}}
     last = tmp_path / "checkpoints/last.ckpt"
     last.parent.mkdir()
     assert find(settings.spine["train"], Path(written(network, last, saved)), saved) == last
@@ -290,7 +290,7 @@ def test_a_run_is_not_gone_on_with_harm(place, network, tmp_path):
         written(network, last, about)
         with watched(place), contextlib.suppress(NecoError):
             assert find(settings.spine["train"], last, saved) == last, name
-    for about in ([], 5, {}, {"config": 5}, {"config": {"a": []}}, {**saved, "rows": "x"}):
+    for about in ([], 5, {}, {"config": 5}, {"config": {"a": []}}, {**saved, "rows": "x"}, {**saved, "images": 5}):
         with pytest.raises(NecoError, match=r"last\.ckpt"):
             find(settings.spine["train"], Path(written(network, last, about)), saved)
 

@@ -290,10 +290,14 @@ def test_several_devices_in_a_sweep_need_a_launcher(inside, tmp_path):
 @pytest.mark.parametrize(
     ("cluster", "key", "message"),
     (
-        ("slurm", "launcher.partion=main", "launcher.partion: no such key; did you mean 'partition'?"),
+        (
+            "slurm",
+            "launcher.partion=main",
+            "launcher.partion: no such key or group; did you mean 'launcher.partition'?",
+        ),
         ("slurm", "launcher.time=soon", "launcher.time='soon': input should be a valid integer"),
         ("local", "launcher.time=1", "launcher.signal_seconds=90 is more than launcher.time=1.0 has"),
-        ("local", "launcher.detach=true", "launcher.detach: no such key"),
+        ("local", "launcher.detach=true", "launcher.detach: a key of hydra/launcher=slurm, not of this command"),
     ),
 )
 def test_wrong_keys_of_a_launcher_are_told_before_anything_is_started(inside, tmp_path, cluster, key, message):

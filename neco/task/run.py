@@ -6,13 +6,14 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from typing_extensions import TypedDict  # what pydantic takes before Python 3.12
 
-from neco import devices, report, results, startup
+from neco import devices, report, results, run_folder, startup
 from neco.commands import format_override
 from neco.config import Settings, walk_values
 from neco.dataset.base import Dataset, Sample
@@ -369,19 +370,29 @@ def find(options: Trainings, last: Path, saved: dict[str, Any]) -> Path | None:
     return path
 
 
+class _Saved(TypedDict, total=False):
+    """The run's own part of a checkpoint: `config` in all, the rest not in those of older versions."""
+
+    config: Required[dict[str, Any]]
+    rows: int | None
+    files: str
+    classes: list[str]
+    images: used_data.Sampled
+
+
+class _Checkpoint(TypedDict):
+    neco: _Saved
+    state_dict: dict[str, Any]
+    global_step: int
+
+
 def check_checkpoint(path: Path, held: Mapping[str, Any]) -> None:
     """Raise NecoError for a checkpoint of a run that does not hold what it must, or weights that are not finite."""
     before, state = held["neco"], held.get("state_dict")
-    kinds: dict[str, tuple[Any, Any]] = {
-        "neco": (before, dict),
-        "state_dict": (state, dict),
-        "global_step": (held.get("global_step"), int),
-    }
-    if isinstance(before, dict):
-        kinds |= {"config": (before.get("config"), dict), "rows": (before.get("rows"), int | None)}
-    for name, (value, kind) in kinds.items():
-        if not isinstance(value, kind):
-            raise NecoError(f"{path} is damaged: its {name} is a {type(value).__name__}")
+    try:
+        run_folder.check(held, _Checkpoint)
+    except ValueError as error:
+        raise NecoError(f"{path} is damaged: {error}") from error
     for _ in walk_values(before, str(path)):
         pass
     tensors = {name: value for name, value in (state or {}).items() if isinstance(value, torch.Tensor)}
