@@ -290,7 +290,8 @@ def test_a_run_is_not_gone_on_with_harm(place, network, tmp_path):
         written(network, last, about)
         with watched(place), contextlib.suppress(NecoError):
             assert find(settings.spine["train"], last, saved) == last, name
-    for about in ([], 5, {}, {"config": 5}, {"config": {"a": []}}, {**saved, "rows": "x"}, {**saved, "images": 5}):
+    images = [{**saved, "images": wrong} for wrong in (5, [], {"0": 5}, {"0": [5]}, {"0": [("x",)]})]
+    for about in ([], 5, {}, {"config": 5}, {"config": {"a": []}}, {**saved, "rows": "x"}, *images):
         with pytest.raises(NecoError, match=r"last\.ckpt"):
             find(settings.spine["train"], Path(written(network, last, about)), saved)
 
