@@ -20,7 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from neco import files
 from neco.errors import NecoError
@@ -266,10 +266,19 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
                 return kind.validate_python([value])
         return kind.validate_python(value)
     except ValidationError as error:
-        reasons = dict.fromkeys(detail["msg"] for detail in error.errors())
+        reasons = dict.fromkeys(_reason(detail, hint) for detail in error.errors())
         raise NecoError(f"{where}={value!r:.200}: {'; or '.join(reasons).lower()}") from error
     except ValueError as error:
         raise NecoError(f"{where}={value!r:.200}: {error}") from error
+
+
+def _reason(detail: Any, hint: Any) -> str:
+    """What pydantic says is wrong with a value; of lists, how many values they hold, as the tuples of `hint` say."""
+    sizes = {str(len(get_args(kind))) for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple}
+    # too few values are "missing", at the last part of the place
+    if sizes and detail["type"] in ("tuple_type", "too_long", "missing"):
+        return f"must be a list of {' or '.join(sorted(sizes))} values, written [a,b]"
+    return str(detail["msg"])
 
 
 def examine(

@@ -29,18 +29,20 @@ class Names:
         options: of each group.
         keys: of each key the options (`GROUP=OPTION`) that have it; "" is for keys that are always there.
         lists: the keys and groups that take several values.
+        unset: the keys that are null in conf/, so that it does not say what they take.
     """
 
     options: dict[str, list[str]]
     keys: dict[str, list[str]]
     lists: set[str]
+    unset: set[str]
 
     @classmethod
     def read(cls) -> "Names":
         """From conf/ and the user's folders."""
         options = {group: config.options(group) for group in config.groups() if group not in ("hydra", "machine")}
         keys: dict[str, list[str]] = {}
-        lists = {*config.LISTS}
+        lists, unset = {*config.LISTS}, set()
         for group, name, node in _nodes({**options, **{group: config.options(group) for group in HYDRA}}):
             own = group and group not in ("task", "experiment", "sweep", *HYDRA)  # the others' files begin at the top
             prefix = f"{group}.{name}." if group in config.LISTS else f"{group}." if own else ""
@@ -50,7 +52,9 @@ class Names:
                     keys.setdefault(key, []).append(owner)
                 if isinstance(value, list):
                     lists.add(key)
-        return cls(options, keys, lists)
+                elif value is None:
+                    unset.add(key)
+        return cls(options, keys, lists, unset)
 
     def groups_with(self, option: str) -> list[str]:
         """The groups that have an option of this name."""
@@ -200,10 +204,16 @@ def _as_path(group: str, text: str) -> str:
 def _several_values(override: str) -> str:
     """`a,b` is a sweep, without -m."""
     key, _, value = override.partition("=")
-    jobs = "-m starts one job for each"
-    if key.lstrip("+~") in Names.read().lists:
-        return f"{override}: several values of one job are written {shell_word(f'{key}=[{value}]')}; {jobs}"
-    return f"{override}: {jobs} of several values; a single text with commas is quoted: {format_override(key, value)}"
+    plain, names, jobs = (
+        key.lstrip("+~").replace("val_dataset.", "dataset."),
+        Names.read(),
+        "-m starts one job for each",
+    )
+    several = f"several values of one job are written {shell_word(f'{key}=[{value}]')}"
+    if plain in names.lists:
+        return f"{override}: {several}; {jobs}"
+    text = f"{jobs} of several values; a single text with commas is quoted: {format_override(key, value)}"
+    return f"{override}: {several}; {text}" if plain in names.unset else f"{override}: {text}"
 
 
 def _wrong_key(key: str, overrides: Sequence[str]) -> str:
@@ -238,6 +248,10 @@ def _is_selected(group: str, name: str, overrides: Sequence[str]) -> bool:
 def _unreadable(override: str, why: str, overrides: Sequence[str]) -> str:
     """Hydra's grammar does not take it: a word without `=`, or characters that need quotes."""
     key, equals, value = override.partition("=")
+    if meant := _untypographic(override):
+        return f"{override}: holds quotes, dashes or spaces of a word processor; did you mean {meant}?"
+    if equals and (key != key.strip() or value != value.strip()):
+        return f"{override}: no spaces around `=`; did you mean {_as_typed(key.strip(), value.strip())}?"
     if not equals:
         return _bare_word(override, overrides)
     if path := _as_path(key.lstrip("+~"), value):
@@ -248,11 +262,22 @@ def _unreadable(override: str, why: str, overrides: Sequence[str]) -> str:
     )
 
 
+def _untypographic(word: str) -> str:
+    """A word whose key has typographic quotes, dashes or spaces, without these; else empty. Values may hold them."""
+    plain = re.sub("[“”„«»‘’‚]", "", re.sub("[–—−]", "-", word.replace("\xa0", " "))).strip()
+    plain = re.sub("^-+", "--", plain)
+    key = word.partition("=")[0]
+    return plain if plain.partition("=")[0] != key and not key.isascii() and plain.isascii() else ""
+
+
 def _bare_word(word: str, overrides: Sequence[str]) -> str:
     said, names, place = f"{word}: is no KEY=VALUE", Names.read(), [*overrides].index(word) if word in overrides else 0
     if groups := names.groups_with(word):
         return f"{said}; did you mean {groups[0]}={word}?"
-    before = overrides[place - 1] if place else ""
+    before, after = overrides[place - 1] if place else "", [*overrides[place + 1 : place + 3]]
+    if after[:1] == ["="] or (after and after[0].startswith("=")):
+        value = "".join(after)[1:] if after[0] == "=" else after[0][1:]
+        return f"{said}: no spaces around `=`; did you mean {_as_typed(word, value)}?"
     if "=" in before and not before.startswith("-"):
         key, _, value = before.partition("=")
         return f"{said}; a value with spaces needs quotes within quotes: {format_override(key, f'{value} {word}')}"

@@ -156,6 +156,11 @@ WRONG = [
     (["dataset=folder", "dataset.root=bilder/käse(1)"], ["\"dataset.root='bilder/käse(1)'\""]),
     (["train.epochs=1000000000000", "dataset.train=2", "dataset.val=2"], ["more than a million"]),
     (["train.nodes=2"], ["train.nodes=2", "torchrun"]),
+    (["train.momentum=0.9995"], ["train.momentum=0.9995: ", "must be a list of 2 values, written [a,b]"]),
+    (["train.momentum=[0.9995]"], ["train.momentum=[0.9995]: ", "must be a list of 2 values, written [a,b]"]),
+    (["train.momentum=[0.9,1,1]"], ["train.momentum=[0.9, 1, 1]: ", "must be a list of 2 values, written [a,b]"]),
+    (["dataset.range=4095"], ["dataset.range=4095: ", "must be a list of 2 values, written [a,b]"]),
+    (["dataset =voc"], ["dataset =voc: no spaces around `=`; did you mean dataset=voc?"]),
 ]
 
 
@@ -198,6 +203,12 @@ MEANT = [  # what is typed, and what the message advises
     ("task=eval checkpoint=dinov2_vits14", "did you mean model=dinov2_vits14?"),
     ("task=eval checkpoint=runs/my run", "\"checkpoint='runs/my run'\""),
     ("hydra/launcher=slrum", "did you mean 'slurm'?"),
+    ("dataset = voc", "dataset: is no KEY=VALUE: no spaces around `=`; did you mean dataset=voc?"),
+    ("dataset =voc", "did you mean dataset=voc?"),
+    ("task=check “dataset=voc”", "did you mean dataset=voc?"),
+    ("–-cfg job", "did you mean --cfg?"),
+    ("task=check dataset=folder dataset.classes=a,b", "'dataset.classes=[a,b]'; -m starts one job for each"),
+    ("task=check dataset=folder dataset.range=0,4095", "'dataset.range=[0,4095]'; -m"),
 ]
 
 

@@ -180,6 +180,9 @@ def test_pixels_without_a_range_are_refused(tmp_path):
     path = save(tmp_path / "y.tif", Image.fromarray(GREY.astype(np.int32) * 300))
     with pytest.raises(NecoError, match=r"y.tif.*32-bit.*dataset.range"):
         read_image(path)
+    cv2.imwrite(str(tmp_path / "z.tif"), GREY.astype(np.int16) * 10 - 1000)
+    with pytest.raises(NecoError, match=r"z.tif.*: signed 16-bit.*dataset.range"):
+        read_image(str(tmp_path / "z.tif"))
 
 
 STORED = np.array([[-1000, 0, 1000], [2000, 3000, 4095]])

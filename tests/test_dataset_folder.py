@@ -156,3 +156,36 @@ def test_a_root_one_level_too_high_is_said_first(tmp_path):
         Folder(root=data, masks=f"{data}/masks", classes=["a", "b"]).samples("train")
     with pytest.raises(NecoError, match=rf"^dataset.masks={data} is one level too high: use {data}/masks"):
         Folder(root=inner, masks=data, classes=["a", "b"]).samples("train")
+
+
+def test_a_folder_is_not_its_own_masks(tmp_path):
+    put(tmp_path / "x.png", 1)
+    with pytest.raises(NecoError, match=r"x\.png would be its own mask"):
+        Folder(root=str(tmp_path), masks=str(tmp_path), classes=["a", "b"], val_fraction=0).samples("train")
+
+
+def test_lists_name_images_that_begin_with_a_hash(tmp_path):
+    names = ["#recycle/a", "b/#1", "c"]
+    for name in names:
+        put(tmp_path / f"i/{name}.png")
+    (tmp_path / "train.txt").write_text("# a comment\n#not there\n#recycle/a.png\n#1\n")
+    (tmp_path / "val.txt").write_text("c\n#recycle\n")
+    dataset = Folder(
+        root=str(tmp_path / "i"), train_list=str(tmp_path / "train.txt"), val_list=str(tmp_path / "val.txt")
+    )
+    assert [s.key for s in dataset.samples("train")] == ["#recycle/a.png", "b/#1.png"]
+    assert [s.key for s in dataset.samples("val")] == ["c.png"]
+
+
+def test_a_list_that_is_not_utf8_says_so(tmp_path):
+    put(tmp_path / "i/größe.png")
+    (tmp_path / "list.txt").write_bytes("größe\n".encode("cp1252"))
+    with pytest.raises(NecoError, match=r"line 1: gr\ufffd+e is none of 1 .*not UTF-8.* among the images of train"):
+        Folder(root=str(tmp_path / "i"), files=str(tmp_path / "list.txt")).samples("train")
+
+
+def test_val_of_unlabelled_images_names_the_fraction_alone(tmp_path):
+    put(tmp_path / "x.png")
+    with pytest.raises(NecoError) as error:
+        Folder(root=str(tmp_path)).samples("val")
+    assert str(error.value) == "no val images: val_fraction=0 of 1 images leaves none"

@@ -71,6 +71,8 @@ def test_a_mask_of_another_size_and_a_value_beyond_the_classes(streets, tmp_path
     found = inspect(dataset, "train")
     assert found.looked == 3 and set(found.bad) == {"train/0", "train/1"}
     assert "one of the two lies on its side" in found.bad["train/0"] and "value 7" in found.bad["train/1"]
+    Image.new("L", (16, 12)).save(tmp_path / "masks/train/0.png")
+    assert "resize one of the two, masks without smoothing" in inspect(dataset, "train").bad["train/0"]
 
 
 def test_what_is_not_there_exits_with_2(inside):

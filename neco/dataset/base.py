@@ -156,7 +156,10 @@ class Dataset(ABC):
         if not self.chooses or not found:
             return found
         if self.files:
-            return choose_named(found, self.files, "files")
+            try:
+                return choose_named(found, self.files, "files")
+            except NecoError as error:
+                raise NecoError(f"{error} (dataset.files chooses among the images of train)") from error
         order = np.random.Generator(np.random.Philox(self.subset_seed)).permutation(len(found))
         count = max(1, int(self.fraction * len(found) + 1e-9))  # 1e-9: 0.29 * 100 is 28.999...
         return [found[i] for i in sorted(order[:count])]
@@ -262,8 +265,10 @@ def _turn_of(dataset: Dataset, sample: Sample, mask: StoredMask) -> int:
 def same_frame(sample: Sample, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
     """Raises NecoError when image and mask differ in (width, height)."""
     if image != mask:
-        hint = "; one of the two lies on its side" if image == mask[::-1] else ""
-        raise NecoError(f"{sample.image} is {image} pixels large, its mask {sample.mask} is {mask}{hint}")
+        hint = "one of the two lies on its side" if image == mask[::-1] else (
+            "a mask has a number for each pixel of its image: resize one of the two, masks without smoothing"
+        )  # fmt: skip
+        raise NecoError(f"{sample.image} is {image} pixels large, its mask {sample.mask} is {mask}; {hint}")
 
 
 def table(labels: Mapping[int, int]) -> np.ndarray:
@@ -297,6 +302,8 @@ def pair_samples(images: Mapping[str, Ref], masks: Mapping[str, Ref] | None = No
         if lost:
             there = f"; of those that are there the first is {next(iter(want.values()))}" if want else ""
             raise NecoError(f"{len(lost)} of {len(have)} {what}, the first {have[lost[0]]}{there}")
+    if own := next((key for key in sorted(image) if image[key] == mask[of[key]]), None):
+        raise NecoError(f"{image[own]} would be its own mask: images and masks are in folders of their own")
     return [Sample(key, image[key], mask[of[key]]) for key in sorted(image)]
 
 
@@ -332,12 +339,16 @@ def _by_stem(paths: Mapping[str, Ref]) -> dict[str, Ref]:
     return found
 
 
-def read_names(lines: Sequence[str], place: object) -> dict[str, int]:
-    """The names of a list file, one a line -> their lines. Raises NecoError for one that comes twice, or none."""
+def read_names(lines: Sequence[str], place: object, there: Collection[str] = ()) -> dict[str, int]:
+    """The names of a list file, one a line -> their lines. Raises NecoError for one that comes twice, or none.
+
+    `there`: names in Unicode normal form C that begin with `#`; other lines that do are comments.
+    """
     names: dict[str, int] = {}
     for line, name in enumerate(lines, 1):
         name = name.strip()
-        if name and not name.startswith("#") and names.setdefault(name, line) != line:
+        comment = name.startswith("#") and not {_form(without_suffix(reading)) for reading in readings(name)} & {*there}
+        if name and not comment and names.setdefault(name, line) != line:
             raise NecoError(f"{place}: {name} is named twice, in lines {names[name]} and {line}")
     if not names:
         raise NecoError(f"{place} names nothing")
@@ -363,7 +374,9 @@ def choose_named(samples: Sequence[Sample], file: str, key: str) -> list[Sample]
     Raises NecoError for a line that names none or several.
     """
     path = Path(file).expanduser()
-    names = read_names(read_text(str(path)), path)
+    stems = (_form(without_suffix(sample.key)) for sample in samples)
+    marked = {name for stem in stems for name in (stem, stem.rpartition("/")[2]) if name.startswith("#")}
+    names = read_names(read_text(str(path)), path, marked)
     at: dict[str, set[tuple[int, str]]] = {}
     for name in names:
         for reading in readings(name):
@@ -383,6 +396,8 @@ def choose_named(samples: Sequence[Sample], file: str, key: str) -> list[Sample]
         if len(found) != 1:
             keys = sorted(samples[place].key for place in found)
             what = f"{', '.join(keys[:3])}: say which" if keys else f"none of {len(samples)} like {samples[0].key}"
+            if not keys and name != (told := name.encode(errors="surrogateescape").decode(errors="replace")):
+                name, what = told, f"{what}, and is not UTF-8: save the list in UTF-8"
             raise NecoError(f"{key}={file}, line {line}: {name} is {what}")
         if (place := found.pop()) in chosen:
             raise NecoError(f"{key}={file}, line {line}: {name} is {samples[place].key}, which {chosen[place]} is, too")

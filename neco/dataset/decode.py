@@ -69,7 +69,8 @@ def read_pixels(ref: Ref, value_range: ValueRange | None = None) -> np.ndarray:
             pixels = _eight_bits(_stored_samples(image, data, rawmode), value_range)
             image = Image.fromarray(pixels)
         elif image.mode == "F" or (image.mode == "I" and not _is_16_bit(image, rawmode)):
-            what = "floating-point" if image.mode == "F" else "32-bit"
+            signed = "signed 16-bit" if str(rawmode[0]).startswith("I;16") else "32-bit"
+            what = "floating-point" if image.mode == "F" else signed
             raise ValueError(
                 f"{what} pixels have no agreed range: say with dataset.range=[LOW,HIGH] or auto which stored values "
                 "become black and white"

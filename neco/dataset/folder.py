@@ -72,11 +72,13 @@ class Folder(OwnMasks):
             rule = "folders" if all(self.tree.is_dir(part) for part in ("train", "val")) else "random"
         part = split if rule == "folders" else ""
         found = self._listed_samples(split) if rule == "list" else self._pair(part)
-        if rule in ("random", "block"):
-            found = self._divide(found, rule)[split]
+        if found and rule in ("random", "block"):
+            count, found = len(found), self._divide(found, rule)[split]
+            if not found:
+                raise NecoError(f"no {split} images: val_fraction={self.val_fraction:g} of {count} images leaves none")
         if not found:
             kinds = " ".join(SUFFIXES)
-            advice = f"Wanted: {kinds} files at any depth; val_fraction={self.val_fraction} has to leave some."
+            advice = f"Wanted: {kinds} files at any depth."
             raise self.tree.missing(f"{split} images", [part], advice)
         if not self.masks and (odd := [s for s in found if LIKE_MASKS.search(f"/{s.key}")]):
             log.warning(

@@ -108,13 +108,13 @@ class VOC(OwnMasks):
         """The names that a list holds, with their lines; None where there is no list. `there`: names of the images."""
         if (lines := self.tree.text(path)) is None:
             return None
-        return read_names([_name(line, there) for line in lines], f"{self.tree}/{path}")
+        return read_names([_name(line, there) for line in lines], f"{self.tree}/{path}", there)
 
 
 def _name(line: str, there: Collection[str]) -> str:
     """The name in a line: all of it where an image is called so, else the first word."""
     found = [without_suffix(reading).rpartition("/")[2] for reading in readings(line)]
-    if not any(found) or line.lstrip().startswith("#"):
+    if not any(found) or (line.lstrip().startswith("#") and not match_names(found, there)):
         return ""
     fallback = without_suffix(line.split()[0].replace("\\", "/")).rpartition("/")[2]
     return next((name for name in found if name in there), next(iter(match_names(found, there)), fallback))
