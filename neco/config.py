@@ -333,7 +333,14 @@ def call(target: Callable[..., Any], where: str, /, **values: Any) -> Any:
     try:
         return target(**values)
     except NecoError as error:
-        raise NecoError(f"{where}: {error}") from error
+        raise NecoError(f"{where}: {name_keys(str(error), where)}") from error
+
+
+def name_keys(message: str, where: str) -> str:
+    """A message of a data set, which says `dataset.KEY`, with the keys of `val_dataset` where that is the node."""
+    if where.partition(".")[0] != "val_dataset":
+        return message
+    return re.sub(r"(?<![\w./\\])dataset\.(?!zip\b|tar\b)(?=[a-z_]+\b)", "val_dataset.", message)
 
 
 class Spine(dict[str, Any]):

@@ -256,8 +256,9 @@ def _unreadable(override: str, why: str, overrides: Sequence[str]) -> str:
         return _bare_word(override, overrides)
     if path := _as_path(key.lstrip("+~"), value):
         return f"{override}: no such option; {path}"
+    reason = "" if why.startswith("Lexer") else f" ({why})"  # an exception's name and the override once more
     return (
-        f"{override}: cannot be read as KEY=VALUE ({why}); values with special characters need quotes within quotes: "
+        f"{override}: cannot be read as KEY=VALUE{reason}; values with special characters need quotes within quotes: "
         f"{format_override(key, value)}"
     )
 

@@ -101,7 +101,7 @@ def describe(
     output: Path, config: dict[str, Any], overrides: list[str], choices: Mapping[str, Any], device: str
 ) -> None:
     """Write config.yaml (resolved), overrides.txt and environment.json into the run folder."""
-    write(output / "config.yaml", yaml.safe_dump(mask_nested(config), sort_keys=False))
+    write(output / "config.yaml", yaml.safe_dump(mask_nested(config), sort_keys=False, allow_unicode=True))
     write(output / "overrides.txt", "".join(f"{override}\n" for override in overrides))
     environment = {
         "command": shlex.join(map(mask_secrets, sys.argv)),

@@ -98,7 +98,7 @@ class Optuna(sweeper.Sweeper):
         place = folder / name([*fixed, *overrides], self.runner.changing)
         number = status(place).get("objective_name", "")
         best = {"objective": number, "value": study.best_value, "overrides": overrides, "folder": str(place)}
-        write(folder / "best.yaml", yaml.safe_dump(best, sort_keys=False))
+        write(folder / "best.yaml", yaml.safe_dump(best, sort_keys=False, allow_unicode=True))
         value = percent(study.best_value)
         say(f"best of {len(study.trials)} trials: {number} {value} % with {shlex.join(overrides)}, in {place}")
         return float(study.best_value)

@@ -160,6 +160,11 @@ WRONG = [
     (["train.momentum=[0.9995]"], ["train.momentum=[0.9995]: ", "must be a list of 2 values, written [a,b]"]),
     (["train.momentum=[0.9,1,1]"], ["train.momentum=[0.9, 1, 1]: ", "must be a list of 2 values, written [a,b]"]),
     (["dataset.range=4095"], ["dataset.range=4095: ", "must be a list of 2 values, written [a,b]"]),
+    (
+        ["dataset.train=2", "dataset@val_dataset=folder", "val_dataset.root=/x/dataset.d", "val_dataset.masks=m"],
+        ["val_dataset: val_dataset.masks is set and val_dataset.classes is not"],
+    ),
+    (["run_dir=läufe"], ["run_dir=läufe: cannot be read as KEY=VALUE; values", "\"run_dir='läufe'\""]),
     (["dataset =voc"], ["dataset =voc: no spaces around `=`; did you mean dataset=voc?"]),
 ]
 

@@ -267,3 +267,20 @@ def test_classes_in_no_mask_of_val_are_warned_of_and_the_record_keeps_it(inside,
     records = json.loads((tmp_path / "run/results.json").read_text())
     assert [record["warnings"] for record in records] == [[text], [text]]
     assert f"retrieval: {text}" in said and f"warning   {text}" in said
+
+
+def test_a_record_keeps_that_its_images_were_nearly_black(inside, tmp_path):
+    for number in range(4):
+        deep = np.random.default_rng(number).integers(0, 4096, (32, 32), np.uint16)  # 12 of 16 bits
+        for kind, array in (("images", deep), ("masks", (deep > 2000).astype(np.uint8))):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.fromarray(array).save(tmp_path / kind / f"{number}.png")
+    given = ["task=eval", "model=tiny", "eval=overcluster", "eval.overcluster.size=32", "dataset=folder"]
+    given += ["dataset.root=images", "dataset.masks=masks", "dataset.classes=[a,b]", "dataset.val_fraction=0.5"]
+    code, said = inside(*given, "report=false", "run_dir='läufe'")
+    assert code == 0, said
+    (record,) = json.loads((tmp_path / "läufe/results.json").read_text())
+    assert any("val: 2 of 2 images looked at are nearly one value" in text for text in record["warnings"])
+    assert "run_dir: läufe\n" in (tmp_path / "läufe/config.yaml").read_text("utf-8"), "as it was typed, not escaped"
+    code, said = inside(*given, "dataset.range=[0,4095]", "report=false", "run_dir=right")
+    assert code == 0 and "warnings" not in json.loads((tmp_path / "right/results.json").read_text())[0], said

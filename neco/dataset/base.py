@@ -100,6 +100,7 @@ class Dataset(ABC):
         self.weight, self.max_bad, self.index = weight, max_bad, index
         self.range = range
         self.numbering = Numbering()
+        self.warnings: list[str] = []  # what was seen of the images that makes numbers doubtful
         self._listed: dict[str, list[Sample]] = {}
         if range is not None and range != "auto" and not range[0] < range[1]:
             raise NecoError(f"range={[*range]}: the first value becomes black and the second white: it must be larger")

@@ -37,17 +37,17 @@ class FlatImages:
             found = self.deep if bits > 8 else self.plain
             found.append(f"{sample.image} is read as {low} to {high} of 255 (it stores {stored})")
 
-    def warn(self, what: str) -> None:
-        """Warn of deep images, and of others where they are most."""
+    def warn(self, what: str) -> str:
+        """Warn of deep images, and of others where they are most; returns what was said, if anything."""
         found = self.deep + (self.plain if 2 * len(self.plain) > self.looked else [])
         if found:
             advice = "set dataset.range=[LOW,HIGH], the stored values of black and white" if self.deep else (
                 "are they masks, or is dataset.range wrong?"
             )  # fmt: skip
-            log.warning(
-                "%s: %d of %d images looked at are nearly one value, like %s: %s",
-                what, len(found), self.looked, found[0], advice,
-            )  # fmt: skip
+            few = f"{what}: {len(found)} of {self.looked} images looked at are nearly one value, like {found[0]}"
+            log.warning("%s: %s", few, advice)
+            return few
+        return ""
 
 
 @dataclass

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from neco import devices, files, processes
-from neco.config import Settings, build, call, examine, option, options
+from neco.config import Settings, build, call, examine, name_keys, option, options
 from neco.dataset.base import Dataset
 from neco.dataset.inspect import check_classes, inspect
 from neco.errors import NecoError
@@ -182,7 +182,8 @@ def check_evaluations(settings: Settings, dataset: Dataset, network: Backbone) -
         if dataset.listed(split):
             look = inspect(dataset, split, looks=8, seconds=2)
             for why in look.bad.values():
-                raise NecoError(f"{split} of the data set to evaluate on: {why}")
-            look.flat.warn(split)
+                raise NecoError(f"{split} of the data set to evaluate on: {name_keys(why, node)}")
+            if (doubt := look.flat.warn(split)) and doubt not in dataset.warnings:
+                dataset.warnings.append(doubt)
             call(check_classes, node, dataset=dataset, split=split, look=look)
     return ", ".join(f"{name} ({size_name(size)} pixels)" for name, size in sizes.items())

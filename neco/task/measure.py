@@ -210,8 +210,9 @@ def _run(
         "details": result.details,
         **cost,
     }
-    if warning := absent_classes(result, dataset.classes):
-        record["warnings"] = [warning]
+    absent = absent_classes(result, dataset.classes)
+    if warnings := [*dataset.warnings, *([absent] if absent else [])]:
+        record["warnings"] = warnings
     if result.heads:
         files = {head: f"heads/{name}-{head}.safetensors" for head in result.heads}
         record["saved"] = files
