@@ -256,6 +256,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
     try:
+        if (
+            isinstance(value, str) and not value.strip() and "bool" not in str(hint)
+        ):  # run_dir=$NOT_SET is not the working folder
+            raise ValueError("is empty (a variable that is not set?); leave it out, or write null")
         if isinstance(value, bool) and "bool" not in str(hint) and hint is not Any:
             raise ValueError("a number or text is wanted, not true/false")
         kind = TypeAdapter(hint, config=RULES)

@@ -149,7 +149,7 @@ WRONG = [
     (["data_root='~nobody-9/x'"], ["data_root: ~nobody-9/x: there is no user 'nobody-9'"]),
     (["run_dir='a\\${b}'"], ["run_dir=a${b}", "choose another"]),
     (["run_dir=null"], ["run_dir", "name of a folder"]),
-    (["run_dir="], ["run_dir=''", "at least 1"]),
+    (["run_dir="], ["run_dir=''", "is empty"]),
     (["train.betas=1"], ["train.betas", "did you mean 'optim.betas'"]),
     (["eval=overcluster", "eval.retrieval.k=3"], ["eval.retrieval.k", "retrieval is not selected"]),
     (["eval.retreival.k=3"], ["eval.retreival.k", "did you mean 'retrieval'"]),
@@ -165,6 +165,8 @@ WRONG = [
         ["val_dataset: val_dataset.masks is set and val_dataset.classes is not"],
     ),
     (["run_dir=läufe"], ["run_dir=läufe: cannot be read as KEY=VALUE; values", "\"run_dir='läufe'\""]),
+    (["dataset=folder", "dataset.root="], ["dataset.root='': is empty", "not set?"]),
+    (["dataset.files="], ["dataset.files='': is empty"]),
     (["dataset =voc"], ["dataset =voc: no spaces around `=`; did you mean dataset=voc?"]),
 ]
 

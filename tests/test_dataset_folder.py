@@ -189,3 +189,15 @@ def test_val_of_unlabelled_images_names_the_fraction_alone(tmp_path):
     with pytest.raises(NecoError) as error:
         Folder(root=str(tmp_path)).samples("val")
     assert str(error.value) == "no val images: val_fraction=0 of 1 images leaves none"
+
+
+def test_folders_that_are_not_there_are_named(tmp_path):
+    put(tmp_path / "i/x.png")
+    put(tmp_path / "m/x.png")
+    for images, masks, words in (
+        ("i", "mm", r"dataset\.masks=.*/mm: no such folder"),
+        ("ii", "m", "ii does not exist"),
+    ):
+        dataset = Folder(root=str(tmp_path / images), masks=str(tmp_path / masks), classes=["a"], val_fraction=0)
+        with pytest.raises(NecoError, match=words):
+            dataset.samples("train")

@@ -71,6 +71,10 @@ class Folder(OwnMasks):
         if rule == "auto":
             rule = "folders" if all(self.tree.is_dir(part) for part in ("train", "val")) else "random"
         part = split if rule == "folders" else ""
+        if not self.tree.is_dir():
+            raise self.tree.missing(f"{split} images", [part], "Wanted: a folder of images.")
+        if self.masks and not self.masks.is_dir():
+            raise NecoError(f"dataset.masks={self.masks}: no such folder or archive")
         found = self._listed_samples(split) if rule == "list" else self._pair(part)
         if found and rule in ("random", "block"):
             count, found = len(found), self._divide(found, rule)[split]
