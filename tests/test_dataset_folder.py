@@ -66,6 +66,17 @@ def test_masks_among_the_images_are_warned_of(tmp_path, caplog):
     assert "1 of 2 images lie in folders that are called like masks" in caplog.text
 
 
+def test_folders_called_like_splits_that_are_none_are_warned_of(tmp_path, caplog):
+    for name in ("Train", "valid"):
+        put(tmp_path / f"{name}/a.png")
+    Folder(root=str(tmp_path)).samples("train")
+    assert "the folders Train, valid are not taken as splits, only two called train and val are" in caplog.text
+    caplog.clear()
+    Folder(root=str(tmp_path), split="random").samples("train")
+    Folder(root=str(tmp_path / "Train")).samples("train")
+    assert not caplog.text
+
+
 def test_masks_and_classes_come_together():
     with pytest.raises(NecoError, match=r"masks is set and dataset.classes is not"):
         Folder(root="x", masks="y")

@@ -14,6 +14,7 @@ from neco.errors import NecoError
 from neco.values import Fraction
 
 log = logging.getLogger(__name__)
+LIKE_SPLITS = re.compile(r"(?i)(train(ing)?|val(id(ation)?)?|test(ing)?)\d*")
 LIKE_MASKS = re.compile(r"(?i)/(\w*(labels?|masks?|annot|annotations?)|gtFine|SegmentationClass\w*)/")
 
 
@@ -76,6 +77,13 @@ class Folder(OwnMasks):
         if self.masks and not self.masks.is_dir():
             raise NecoError(f"dataset.masks={self.masks}: no such folder or archive")
         found = self._listed_samples(split) if rule == "list" else self._pair(part)
+        if found and self.split == "auto" and rule == "random" and split == "train":
+            folders = sorted({sample.key.partition("/")[0] for sample in found if "/" in sample.key})
+            if len(like := [name for name in folders if LIKE_SPLITS.fullmatch(name)]) > 1:
+                log.warning(
+                    "%s: the folders %s are not taken as splits, only two called train and val are: all images are "
+                    "divided by dataset.val_fraction=%g", self.tree, ", ".join(like), self.val_fraction,
+                )  # fmt: skip
         if found and rule in ("random", "block"):
             count, found = len(found), self._divide(found, rule)[split]
             if not found:
