@@ -116,7 +116,7 @@ def test_a_detached_job_is_taken_over_by_the_same_command_and_told_to_be_cancell
     command = (*JOB, *LONG, "run_dir=kept")
     detached = program(*command, "launcher.detach=true")
     said = "".join(detached.communicate(timeout=300))
-    assert detached.returncode == 0 and "task=report 'runs=[kept/*]' collects" in said
+    assert detached.returncode == 0 and "To collect their results: python -m neco task=report" in said
     job = status(node / "kept")["id"]
     attached = program(*command)
     until((node / "kept/metrics.csv").is_file)

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from neco.dataset import archive
-from neco.dataset.base import PIXELS, read_image
+from neco.dataset.base import read_image
+from neco.dataset.decode import PIXELS
 from neco.dataset.folder import Folder
 from neco.errors import NecoError
 from neco.model.weights import load
