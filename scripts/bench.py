@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from neco.results import git_state, versions, write
+from neco.runs.folder import git_state, versions
+from neco.runs.results import write
 
 HERE = Path(__file__).parent
 END_TO_END = "bench_data.py wait --images 4000 --batch 64 --steps 64 --workers 16 --override augment.global_size=518"

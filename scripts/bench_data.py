@@ -33,7 +33,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from neco.dataset import archive
 from neco.dataset.base import read_image
 from neco.dataset.files import Ref, Tree, read_bytes
-from neco.results import columns
+from neco.utils.text_table import columns
 
 HEIGHT, WIDTH = 480, 640
 

@@ -27,6 +27,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from neco.distributed import device_memory
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as neco.__main__ does, before torch is imported
 
 import numpy as np
@@ -36,15 +38,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from neco.dataset.base import IGNORE, Dataset, Sample
-from neco.eval import communities, metrics
-from neco.eval.base import generator
-from neco.eval.extract import Extract
-from neco.eval.neighbours import Neighbours, bank, load_faiss
+from neco.eval.common import graph, metrics
+from neco.eval.common.neighbors import Neighbours, bank, load_faiss
 from neco.eval.overcluster import GRID, Overcluster
 from neco.eval.retrieval import Retrieval
-from neco.progress import track
-from neco.results import columns
-from neco.training import memory
+from neco.features.extractor import Extract
+from neco.utils.progress import track
+from neco.utils.random import generator
+from neco.utils.text_table import columns
 
 BLOCK = 1 << 16
 K = 30
@@ -301,10 +302,10 @@ def matching(options: argparse.Namespace, one_to_one: bool) -> Case:
 
 def cooccurrence(options: argparse.Namespace) -> Case:
     def ours(maps: np.ndarray) -> np.ndarray:
-        around = communities.offsets("reference")
-        parts = [communities.neighbour_shares(part, options.nodes, around) for part in torch.from_numpy(maps).split(64)]
+        around = graph.offsets("reference")
+        parts = [graph.neighbour_shares(part, options.nodes, around) for part in torch.from_numpy(maps).split(64)]
         shares, images = (sum(part) for part in zip(*parts, strict=True))
-        return communities.edge_weights(shares, images).numpy()
+        return graph.edge_weights(shares, images).numpy()
 
     return Case(lambda: node_maps(options), lambda maps: plain_cooccurrence(maps, options.nodes), ours, EXACT)
 
@@ -332,10 +333,10 @@ def repeat(name: str, side: str, options: argparse.Namespace) -> tuple[float, in
     case = cases(options)[name]
     if name not in held:
         held[name] = case.inputs()
-    memory.reset_peak(CPU)
-    before, start = memory.current(CPU), time.perf_counter()
+    device_memory.reset_peak(CPU)
+    before, start = device_memory.current(CPU), time.perf_counter()
     result = getattr(case, side)(held[name])
-    return time.perf_counter() - start, memory.peak(CPU) - before, result
+    return time.perf_counter() - start, device_memory.peak(CPU) - before, result
 
 
 def compare(what: str, options: argparse.Namespace) -> None:
@@ -396,7 +397,7 @@ def bench_bank(entries: int, dim: int, queries: int, cells: int, probes: int, fo
     start = time.perf_counter()
     values, places = Neighbours(stored)(asked, K)
     seconds = time.perf_counter() - start
-    peak = memory.peak(CPU) / memory.GB
+    peak = device_memory.peak(CPU) / device_memory.GB
     few, best = asked[:8], torch.empty(8, 0)
     for begin in range(0, entries, BLOCK):
         best = (
@@ -413,11 +414,11 @@ def bench_bank(entries: int, dim: int, queries: int, cells: int, probes: int, fo
         near = index(asked, K)[1]
         seconds = time.perf_counter() - start
         found = 100 * (near[:, :, None] == places[:, None]).any(2).float().mean()
-        peak = memory.peak(CPU) / memory.GB
+        peak = device_memory.peak(CPU) / device_memory.GB
         rows.append(
             [f"{cells} cells, {probes} probed", f"{built:.1f}", f"{seconds:.1f}", f"{found:.1f}%", f"{peak:.1f}"]
         )
-    size = entries * dim * 2 / memory.GB
+    size = entries * dim * 2 / device_memory.GB
     print(f"{entries} entries of {dim} dimensions, float16: {size:.1f} GB; {queries} queries, k={K}\n")
     print(columns(rows))
 

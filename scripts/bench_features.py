@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from bench_data import jpeg
 from torch import Tensor
 
-from neco import config
-from neco.eval.clustering import kmeans
-from neco.eval.extract import Extract
-from neco.eval.neighbours import Neighbours, full_precision
-from neco.results import columns
+from neco.config import validate
+from neco.distributed.devices import full_precision
+from neco.eval.common.clustering import kmeans
+from neco.eval.common.neighbors import Neighbours
+from neco.features.extractor import Extract
+from neco.utils.text_table import columns
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 K = 30
@@ -105,7 +106,7 @@ def extract(options: argparse.Namespace) -> list[str]:
         for number in range(options.images):
             Path(folder, f"{number:06}.jpg").write_bytes(jpeg(number))
         chosen = f"dataset=folder dataset.root={folder} model={options.model} weights=none".split()
-        settings = config.load("task=embed", *chosen)
+        settings = validate.load("task=embed", *chosen)
         dataset, backbone = settings.build("dataset"), settings.build("model").to(DEVICE).eval()
         samples = dataset.samples("train")
         reader = Extract(batch_size=options.batch, workers=options.workers)

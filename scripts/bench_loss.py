@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from neco.errors import NecoError
 from neco.loss.neco import NeCo
 from neco.loss.relaxation import choose
+from neco.utils.errors import NecoError
 
 
 def main() -> None:

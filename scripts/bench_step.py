@@ -33,17 +33,18 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms.functional import normalize, to_tensor
 
-from neco import config, devices
 from neco.augment import reference
 from neco.augment.views import ViewParams, Views, view_rng
+from neco.config import validate
+from neco.config.types import MEAN, STD
+from neco.distributed import collectives
 from neco.model.linear import Linear
-from neco.results import columns
 from neco.training.align import pair_boxes, pair_order
 from neco.training.compiled import compile_step
 from neco.training.data import collate
 from neco.training.module import PostTraining, follow
 from neco.training.references import permutations
-from neco.values import MEAN, STD
+from neco.utils.text_table import columns
 
 GRID, STEEPNESS = 7, 100
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,7 +73,7 @@ def photograph(number: int, width: int = 640, height: int = 480) -> bytes:
 def build(model: str, size: int, arch: str) -> tuple[PostTraining, Views]:
     """What `task=train` builds, without stochastic depth, which would be drawn differently."""
     chosen = [f"augment.global_size={size}", "augment.local_size=null", "train.drop_path=0", "weights=none"]
-    settings = config.load("task=train", f"model={model}", *chosen, *([f"+model.arch={arch}"] if arch else []))
+    settings = validate.load("task=train", f"model={model}", *chosen, *([f"+model.arch={arch}"] if arch else []))
     torch.manual_seed(0)
     backbone = settings.build("model")
     views = settings.build("augment").resolve(backbone.patch, backbone.size)
@@ -251,5 +252,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with devices.fast_attention():
+    with collectives.fast_attention():
         main()

@@ -12,6 +12,8 @@ import statistics
 import time
 from typing import Any
 
+from neco.distributed import device_memory
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as neco.__main__ does, before torch is imported
 
 import numpy as np
@@ -19,12 +21,13 @@ import torch
 from pytorch_lightning.utilities import move_data_to_device
 from torch.utils.data import default_collate
 
-from neco import config, devices
 from neco.augment import batched
 from neco.augment.views import Views, view_rng
-from neco.results import columns
+from neco.config import validate
+from neco.distributed import collectives
 from neco.training import compiled, memory
 from neco.training.module import PostTraining
+from neco.utils.text_table import columns
 
 OPTIONS: dict[str, list[str]] = {
     "default": [],
@@ -52,7 +55,7 @@ OPTIONS: dict[str, list[str]] = {
 
 def build(overrides: list[str], batch: int) -> tuple[PostTraining, Views]:
     """The training module and its views as `task=train` makes them, with random weights."""
-    settings = config.load("task=train", "weights=none", "augment.colour=worker", *overrides)
+    settings = validate.load("task=train", "weights=none", "augment.colour=worker", *overrides)
     options = dataclasses.replace(settings.spine["train"], batch_size=batch)
     torch.manual_seed(0)
     backbone = settings.build("model", drop_path=options.drop_path)
@@ -105,7 +108,7 @@ def main() -> None:
         module.to(device).train()
         modules[name] = module, move_data_to_device(images(views, options.batch), device)
         large, views = build([*chosen, f"augment.global_size={size}"], batch)
-        before = memory.current(torch.device("cpu"))
+        before = device_memory.current(torch.device("cpu"))
         counted[name] = memory.estimate(large, views.sizes, batch, True, torch.device("cpu")) - before
     for repeat in range(options.repeats + 1):  # the first warms up
         for name, (module, pixels) in modules.items():
@@ -120,7 +123,7 @@ def main() -> None:
     times = {name: statistics.median(found) for name, found in seconds.items()}
     rows = [["option", "seconds", "time / default", "activations and gradients, GB"]]
     rows += [
-        [name, f"{t:.2f}", f"{t / times['default']:.2f}", f"{counted[name] / memory.GB:.1f}"]
+        [name, f"{t:.2f}", f"{t / times['default']:.2f}", f"{counted[name] / device_memory.GB:.1f}"]
         for name, t in times.items()
     ]
     print(f"{options.model}: timed {options.batch} images at {options.size}, counted {batch} at {size} in bfloat16\n")
@@ -128,5 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with devices.fast_attention():
+    with collectives.fast_attention():
         main()

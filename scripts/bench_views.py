@@ -28,9 +28,9 @@ from torchvision.transforms import functional as F
 from neco.augment import batched, reference
 from neco.augment.colour import normalise
 from neco.augment.views import Crop, Views, overlap, view_rng
+from neco.config.types import MEAN, STD
 from neco.dataset.base import read_image
 from neco.training.align import pair_boxes
-from neco.values import MEAN, STD
 
 HEIGHT, WIDTH = 480, 640
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neco import config
-from neco.results import columns
+from neco.config import validate
+from neco.utils.text_table import columns
 
 ROOT = Path(__file__).parents[1]
 DEMO = ("task=train", "experiment=demo")
@@ -78,7 +78,7 @@ def train(arm: str, seed: int, out: Path, extra: list[str]) -> tuple[list[dict],
 
 def evaluate(backbone: torch.nn.Module, extra: list[str]) -> dict[str, float]:
     """The demo's evaluations on any backbone."""
-    settings = config.load(*DEMO, *extra)
+    settings = validate.load(*DEMO, *extra)
     dataset, extract = settings.build("dataset"), settings.build("extract", device="cpu")
     found: dict[str, float] = {}
     for name, evaluation in settings.build_all("eval").items():

@@ -30,10 +30,11 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
-from neco.download import Show, bytes_of, fetch
-from neco.errors import NecoError
-from neco.progress import track, transfers
-from neco.results import columns, write
+from neco.runs.results import write
+from neco.utils.download import Show, bytes_of, fetch
+from neco.utils.errors import NecoError
+from neco.utils.progress import track, transfers
+from neco.utils.text_table import columns
 
 log = logging.getLogger("neco")
 VOC = "VOCdevkit/VOC2012"

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from neco import config, load_backbone
+from neco import load_backbone
 from neco.augment.colour import normalise
 from neco.augment.views import random_crop
+from neco.config import validate
 from neco.dataset.base import read_image
-from neco.progress import track
+from neco.utils.progress import track
 
 OUT = Path(__file__).parents[1] / "neco" / "model" / "tiny.safetensors"
 WIDTH = 64  # of the decoder
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
 
-    settings = config.load("task=train", "experiment=demo", "weights=none", "dataset.train=2000")
+    settings = validate.load("task=train", "experiment=demo", "weights=none", "dataset.train=2000")
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     samples = settings.build("dataset").samples("train")

@@ -15,9 +15,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as neco.__main__ does, be
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from neco import config
-from neco.results import columns
+from neco.config import validate
 from neco.training.module import PostTraining
+from neco.utils.text_table import columns
 
 PAIRS, CELLS, DIM, PUSHED = 10, 49, 256, 10  # of 2 + 4 views; aligned patches; channels of the head; queue, an image
 GB = 1e9
@@ -27,7 +27,7 @@ VIT_G = ["model=dinov2_vitl14", "model.name=vit_giant_patch14_reg4_dinov2.lvd142
 def count(model: str, size: int) -> dict[str, float]:
     """Arithmetic of an image's training step and parameters of the backbone, 2 + 4 views of `size` and 98 pixels."""
     chosen = VIT_G if model == "dinov2r_vitg14" else [f"model={model}"]
-    settings = config.load("task=train", *chosen, "weights=none", "train.drop_path=0", f"augment.global_size={size}")
+    settings = validate.load("task=train", *chosen, "weights=none", "train.drop_path=0", f"augment.global_size={size}")
     with torch.device("meta"):
         backbone = settings.build("model")
         views = settings.build("augment").resolve(backbone.patch, backbone.size)

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from neco import config
+from neco.config import validate
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -38,16 +38,14 @@ def inside(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     """`inside("task=train", ...)` is `python -m neco ...` in an empty folder, in this process: (exit code, output)."""
 
     def run(*arguments: str) -> tuple[int, str]:
-        from neco import __main__ as program
+        from neco.cli.main import main
 
         handlers = logging.root.handlers[:]  # Hydra replaces them
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         monkeypatch.setattr(sys, "argv", ["neco", *arguments])
-        monkeypatch.setattr(program, "started", False)
-        monkeypatch.setattr(program, "failure", None)
         try:
-            program.main()
+            main()
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
@@ -133,7 +131,7 @@ def finetune(tmp_path: Path, cache: Path):
 
 def perform(task: ModuleType, output: Path, cache: Path, *overrides: str) -> Path:
     """Run a task in this process; returns the run folder."""
-    wanted = config.load(*overrides, f"cache_dir={cache}", f"run_dir={output}")
+    wanted = validate.load(*overrides, f"cache_dir={cache}", f"run_dir={output}")
     task.main(wanted, task.prepare(wanted), output)
     return output
 

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from neco.config.types import MEAN, STD
 from neco.dataset.base import IGNORE, Dataset, Sample
-from neco.values import MEAN, STD
 
 torch.set_num_threads(1)  # small work on a shared machine: threads would only wait for each other
 STEP = 40  # red value of class c is STEP * c + 20

@@ -12,8 +12,8 @@ from torchvision.transforms import functional as F
 from neco.augment import colour
 from neco.augment.crop import resized_crop
 from neco.augment.views import Views, view_rng
+from neco.config.types import MEAN, STD
 from neco.training.align import align_pairs, pair_boxes
-from neco.values import MEAN, STD
 
 
 def noise(side: int = 200) -> np.ndarray:

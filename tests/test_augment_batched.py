@@ -8,11 +8,11 @@ import torch
 from conftest import losses
 from test_augment_appliers import noise, photo
 
-from neco import config
 from neco.augment import batched
 from neco.augment.views import ViewParams, Views, view_rng
-from neco.errors import NecoError
+from neco.config import validate
 from neco.training.data import MultiView
+from neco.utils.errors import NecoError
 
 COLOURS = {name: 0.0 for name in ("jitter_probability", "grey_probability", "blur_probability")}
 
@@ -121,7 +121,7 @@ def test_training_with_either_is_nearly_the_same(train, caplog, more: list[str])
 
 
 def test_a_clean_teacher_takes_no_crops_of_its_own(tmp_path) -> None:
-    settings = config.load("augment.teacher=clean", "dataset.train=2", "dataset.val=1", f"cache_dir={tmp_path}")
+    settings = validate.load("augment.teacher=clean", "dataset.train=2", "dataset.val=1", f"cache_dir={tmp_path}")
     views = settings.build("augment").resolve(8, 64)
     samples = settings.build("dataset").samples("train")
     worker, device = (MultiView(samples, views, 0, plain)[0, 0, 0] for plain in (False, True))

@@ -16,7 +16,7 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 from neco.augment.views import ViewParams, Views, batch_scale, centred_crop, overlap, random_crop, view_rng
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 SIDE = st.integers(1, 3000)
 SIZE = st.integers(1, 60) | st.tuples(st.integers(1, 60), st.integers(1, 60))  # of a view

@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from neco import config
-from neco.commands import escape_interpolation, format_command, format_override
-from neco.launch import collect_command, resume_command
+from neco.config import validate
+from neco.sweep.launcher import collect_command, resume_command
 from neco.task import finetune, train
+from neco.utils.commands import escape_interpolation, format_command, format_override
 
 HARD = (
     "my run, v=1 [x]", "a=b", "a,b", "{y}", "it's", 'say "so"', "both ' and \"", "$HOME", "${seed}", "\\${seed}", "a\\",
@@ -65,11 +65,11 @@ def test_what_needs_no_quotes_has_none():
     assert format_command(["task=eval", "eval=[linear]"]) == "python -m neco task=eval 'eval=[linear]'"
 
 
-def loaded(command: str, python: str = "python") -> config.Settings:
+def loaded(command: str, python: str = "python") -> validate.Settings:
     """The settings that a printed command gives, as a shell and Hydra read it."""
     words = shlex.split(command)
     assert words[:3] == [python, "-m", "neco"]
-    return config.load(*(word for word in words[3:] if word != "-m"))
+    return validate.load(*(word for word in words[3:] if word != "-m"))
 
 
 @pytest.mark.parametrize("name", ("my run, v=1 [x]", 'käse\'s "$HOME" ${seed}\\', "two\nlines", "-x"))
@@ -78,14 +78,16 @@ def test_every_printed_command_names_its_folder(tmp_path, name):
     _, _, going_on = resume_command(["-m", "task=eval", "++run_dir=old", "seed=1", *typed()], folder).partition(": ")
     assert loaded(going_on).run.run_dir == folder and "old" not in going_on
     assert loaded(collect_command(Path(folder))).run.runs == [f"{glob.escape(folder)}/*"]
-    trained = config.load("task=train", *typed(), "loss.grid=4", "dataset@val_dataset=camvid", "val_dataset.root='a b'")
+    trained = validate.load(
+        "task=train", *typed(), "loss.grid=4", "dataset@val_dataset=camvid", "val_dataset.root='a b'"
+    )
     command = train.evaluation_command(trained, "camvid", Path(folder))
     again = loaded(command)
     assert again.run.checkpoint == folder and again.choices["dataset"] == "camvid" and again.run.weights == "teacher"
     assert again.config["dataset"]["root"] == "a b" and again.run.data_root == "my data, all"
     again = loaded(train.evaluation_command(trained, None, Path(folder)).replace("=NAME", "=coco"))
     assert again.run.checkpoint == folder
-    trained = config.load("task=finetune", *typed(), "dataset=camvid", "dataset.root='a b'")
+    trained = validate.load("task=finetune", *typed(), "dataset=camvid", "dataset.root='a b'")
     again = loaded(finetune.evaluation_command(trained, Path(folder)))
     assert again.run.checkpoint == folder and again.config["dataset"]["root"] == "a b"
 

@@ -13,9 +13,11 @@ import torch
 import yaml
 from conftest import CONF, ROOT
 
-from neco import config, explain, files
-from neco.errors import NecoError
-from neco.values import Positive
+from neco.cli import explain
+from neco.config import validate
+from neco.config.types import Positive
+from neco.utils import atomic_files
+from neco.utils.errors import NecoError
 
 
 class Target:
@@ -37,7 +39,7 @@ def own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("k", [3, [3, 4], None])
 def test_build_accepts_number_list_and_null(own, k):
-    assert config.build({**NODE, "k": k}, "eval.x").values == (1.0, k, 1)
+    assert validate.build({**NODE, "k": k}, "eval.x").values == (1.0, k, 1)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_build_accepts_number_list_and_null(own, k):
 )
 def test_build_names_what_is_wrong(own, values, words):
     with pytest.raises(NecoError) as error:
-        config.build({**NODE, **values}, "eval.x")
+        validate.build({**NODE, **values}, "eval.x")
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -68,19 +70,19 @@ class Closed(Child):
 
 
 def test_keywords_of_a_constructor_are_those_of_its_base_class(own):
-    assert list(config.parameters(Child)) == ["name", "steepness", "k", "width"]
-    assert list(config.parameters(Closed)) == ["depth"]
-    assert config.build({"_target_": f"{__name__}.Child", "name": "x", "width": 3}, "eval.x").values == (1.0, None, 3)
+    assert list(validate.parameters(Child)) == ["name", "steepness", "k", "width"]
+    assert list(validate.parameters(Closed)) == ["depth"]
+    assert validate.build({"_target_": f"{__name__}.Child", "name": "x", "width": 3}, "eval.x").values == (1.0, None, 3)
     for values, words in (({"widht": 3}, "did you mean 'width'"), ({"width": 0}, "greater than or equal to 1")):
         with pytest.raises(NecoError, match=words):
-            config.build({"_target_": f"{__name__}.Child", "name": "x", **values}, "eval.x")
+            validate.build({"_target_": f"{__name__}.Child", "name": "x", **values}, "eval.x")
 
 
 def test_missing_required_key():
     def needs(*, name: str) -> None: ...
 
     with pytest.raises(NecoError, match=r"x\.name: needs a value"):
-        config.check(needs, {}, "x")
+        validate.check(needs, {}, "x")
 
 
 WRONG = [
@@ -251,8 +253,8 @@ def test_options_are_put_before_the_rest():
 
 
 def test_a_single_value_is_a_list_of_one():
-    assert config.load("task=report", "runs=x", "formats=html").run.runs == ["x"]
-    assert config.check(Target, {"k": "3"}, "eval.x") == {"k": 3}, "what is a number stays one"
+    assert validate.load("task=report", "runs=x", "formats=html").run.runs == ["x"]
+    assert validate.check(Target, {"k": "3"}, "eval.x") == {"k": 3}, "what is a number stays one"
 
 
 @pytest.mark.parametrize(
@@ -276,12 +278,12 @@ def test_every_path_may_begin_with_the_home_folder(inside, tmp_path, monkeypatch
         "compare='~'", "eval=unsupervised", "eval.unsupervised.masks='~/masks'", "model.weights='~/x.pth'",
         "run_dir='~/run'",
     )  # fmt: skip
-    loaded = config.load("task=eval", "dataset=folder", *typed)
+    loaded = validate.load("task=eval", "dataset=folder", *typed)
     values = str(loaded.run) + str(loaded.config["dataset"]["root"]) + str(loaded.config["eval"])
     values += str(loaded.config["model"]["weights"])
     assert "~" not in values and values.count(f"{tmp_path}/home") == 8
     assert loaded.config["extract"]["cache_dir"] == f"{tmp_path}/home/cache/features"
-    assert config.load("task=report", "runs=['~/a/*',b]").run.runs == [f"{tmp_path}/home/a/*", "b"]
+    assert validate.load("task=report", "runs=['~/a/*',b]").run.runs == [f"{tmp_path}/home/a/*", "b"]
     same = ("task=check", "dataset.train=2", "dataset.val=2", "show=1")
     assert inside(*same, "run_dir='~/one'")[0] == 0 and inside("-m", *same, "run_dir='~/two'")[0] == 0
     assert (tmp_path / "home/one/check.html").is_file() and (tmp_path / "home/two/check.html").is_file()
@@ -294,12 +296,12 @@ def test_an_empty_variable_is_one_that_is_not_set(monkeypatch, name):
         monkeypatch.delenv(each, raising=False)
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv(name, "")
-    assert config.load().run.cache_dir != "/neco" and config.load().run.cache_dir.endswith("/.cache/neco")
-    files.normalize_environment()
+    assert validate.load().run.cache_dir != "/neco" and validate.load().run.cache_dir.endswith("/.cache/neco")
+    atomic_files.normalize_environment()
     assert os.environ.get(name, "set") != "" and Path(torch.hub.get_dir()).is_absolute()
     monkeypatch.setenv("XDG_CACHE_HOME", "~/somewhere")
-    files.normalize_environment()
-    assert config.load().run.cache_dir == str(Path("~/somewhere/neco").expanduser())
+    atomic_files.normalize_environment()
+    assert validate.load().run.cache_dir == str(Path("~/somewhere/neco").expanduser())
 
 
 def test_a_working_folder_that_is_gone_is_named(inside, tmp_path, monkeypatch):
@@ -333,7 +335,7 @@ def test_help_is_quick_and_names_every_option(neco):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; sys.argv = ['neco', '--help']; import neco.__main__ as program; program.main();"
+        "import sys; sys.argv = ['neco', '--help']; import neco.cli.main as program; program.main();"
         "print(sorted({'torch', 'hydra', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -352,14 +354,14 @@ OBJECTS = sorted(path for path in CONF.glob("*/[!_]*.yaml") if "\n_target_:" in 
 @pytest.mark.parametrize("path", OBJECTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_option_fits_its_constructor(path):
     node = yaml.safe_load(path.read_text())
-    target = config.locate(node["_target_"])
+    target = validate.locate(node["_target_"])
     values = {
         key: value
         for key, value in node.items()
         if key not in ("_target_", "defaults") and "${" not in str(value) and value != "???"
     }
     runtime = [key for key in ("folder", "step", "device", "root") if key not in values]
-    assert config.check(target, values, path.stem, runtime).keys() == values.keys()
+    assert validate.check(target, values, path.stem, runtime).keys() == values.keys()
 
 
 def test_machine_file_in_the_working_folder(inside, tmp_path):

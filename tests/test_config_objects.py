@@ -18,13 +18,15 @@ import torch
 import yaml
 from conftest import FEW, SMALL
 
-from neco import config, load_backbone
-from neco.errors import NecoError
-from neco.eval.heads import ABOUT, Head, load_head
+from neco import load_backbone
+from neco.config import discovery, validate
+from neco.eval.common.heads import ABOUT, Head, load_head
 from neco.model import trained_model
 from neco.report import collect
-from neco.task import common, export
-from neco.task.run import find
+from neco.runs import provenance
+from neco.task import export
+from neco.training.run import find
+from neco.utils.errors import NecoError
 
 # Events of Python itself; `import` alone of the planted module
 EVENTS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.remove", "shutil.rmtree", "webbrowser.open",
@@ -95,10 +97,10 @@ def harmful(folder: Path) -> list[dict[str, Any]]:
         {"_target_": "webbrowser.open", "url": "file:///"},
         {"_target_": "hydra.utils.instantiate", "config": {"_target_": "os.system", "command": touch}},
         {"_target_": "functools.partial", "func": {"_target_": "os.system", "command": touch}},
-        {"_target_": "neco.files.whole", "path": canary},
-        {"_target_": "neco.results.write", "path": canary, "text": "x"},
-        {"_target_": "neco.config.build", "node": {"_target_": "planted.Harm"}, "where": "model"},
-        {"_target_": "neco.config.locate", "target": "planted.Harm"},
+        {"_target_": "neco.utils.atomic_files.whole", "path": canary},
+        {"_target_": "neco.runs.results.write", "path": canary, "text": "x"},
+        {"_target_": "neco.config.validate.build", "node": {"_target_": "planted.Harm"}, "where": "model"},
+        {"_target_": "neco.config.validate.locate", "target": "planted.Harm"},
         {"_target_": "neco.model.load_backbone", "source": canary, "trust_pickle": True},
         {"_target_": "neco.loss.neco.NeCo", "grid": 7},  # of conf/, but not declared there
     ]
@@ -144,12 +146,12 @@ def cases(tree: Any, folder: Path, each: bool) -> Iterator[tuple[str, Any]]:
                 yield f"{name}, form {form} of {node['_target_']}", changed(tree, at, forms(node)[form])
 
 
-TINY = yaml.safe_load(Path(config.find("model", "tiny")).read_text()) | {"weights": "none"}
+TINY = yaml.safe_load(Path(discovery.find("model", "tiny")).read_text()) | {"weights": "none"}
 
 
 @pytest.fixture(scope="module")
 def network() -> Any:
-    return config.build(TINY, "model")
+    return validate.build(TINY, "model")
 
 
 def written(network: Any, path: Path, about: Any) -> str:
@@ -175,7 +177,7 @@ def test_no_model_node_of_a_file_is_built_with_anything_harmful(place, network):
     count = 0
     with watched(place):
         for name, node in cases(TINY, place, each=True):
-            refused(lambda node=node: common.outline(node), name)
+            refused(lambda node=node: provenance.outline(node), name)
             count += 1
     assert count > 1000
 
@@ -252,7 +254,7 @@ TASKS = {
 @pytest.mark.parametrize("task", TASKS)
 def test_tasks_run_nothing_of_a_checkpoint(place, network, cache, tmp_path, monkeypatch, task):
     monkeypatch.chdir(tmp_path)
-    settings = config.load(
+    settings = validate.load(
         f"task={task}", *TASKS[task], f"cache_dir={cache}", f"run_dir={tmp_path / 'run'}", "weights=auto"
     )
     module, dataset = importlib.import_module(f"neco.task.{task}"), settings.config.get("dataset")
@@ -281,7 +283,7 @@ def test_tasks_run_nothing_of_a_checkpoint(place, network, cache, tmp_path, monk
 
 def test_a_run_is_not_gone_on_with_harm(place, network, tmp_path):
     """`find` compares what a checkpoint says; it neither builds nor breaks."""
-    settings = config.load("task=train", *SMALL)
+    settings = validate.load("task=train", *SMALL)
     saved = {"config": settings.config, "files": "x", "classes": ["a"], "rows": 3, "origin": ("", ""), "images": {}}
     last = tmp_path / "checkpoints/last.ckpt"
     last.parent.mkdir()
@@ -316,7 +318,7 @@ def test_heads_are_data(place, tmp_path):
 
 
 def test_run_folders_are_data(place, tmp_path):
-    composed = config.load(
+    composed = validate.load(
         "task=train", *SMALL[2:], "dataset=mix", "dataset.parts={shapes:{weight:1,train:12,val:4}}"
     ).config
     (tmp_path / "metrics.csv").write_text("step,loss\n1,0.5\n")
@@ -336,7 +338,7 @@ def test_run_folders_are_data(place, tmp_path):
     ],
 )
 def test_nothing_harmful_in_a_configuration_is_built(place, base):
-    settings = config.load("task=train", *SMALL[2:], *base)
+    settings = validate.load("task=train", *SMALL[2:], *base)
     parts = {key: settings.config[key] for key in ("dataset", "val_dataset") if "parts" in settings.config.get(key, {})}
     other = {key: node for key, node in settings.config.items() if key not in (*parts, "launcher")}
     found = [
@@ -347,9 +349,9 @@ def test_nothing_harmful_in_a_configuration_is_built(place, base):
         composed = copy.deepcopy({**settings.config, **changes})
         with watched(place):
             try:
-                ours = config.validate(composed, settings.choices)
+                ours = validate.validate(composed, settings.choices)
                 for leaf in ("model", "head"):
-                    config.examine(ours.config[leaf], leaf, runtime=("dim",))
+                    validate.examine(ours.config[leaf], leaf, runtime=("dim",))
             except NecoError:
                 continue
         dropped = re.match(r"(eval|logger)\b", name)  # those that were not chosen
@@ -360,18 +362,18 @@ def test_nothing_harmful_in_a_configuration_is_built(place, base):
 def test_a_part_is_built_when_all_else_is_right(monkeypatch):
     """Types come first: nothing is built beside a wrong value."""
     built: list[str] = []
-    real = config.build
+    real = validate.build
     monkeypatch.setattr(
-        config, "build", lambda node, where, *more, **given: built.append(where) or real(node, where, *more, **given)
+        validate, "build", lambda node, where, *more, **given: built.append(where) or real(node, where, *more, **given)
     )
-    node = config.load("dataset=mix", "dataset.parts={shapes:1}").config["dataset"]
+    node = validate.load("dataset=mix", "dataset.parts={shapes:1}").config["dataset"]
     built.clear()
     with pytest.raises(NecoError, match=r"dataset\.max_bad='x'"):
-        config.build({**node, "max_bad": "x"}, "dataset")
+        validate.build({**node, "max_bad": "x"}, "dataset")
     assert built == ["dataset"]
-    config.build(node, "dataset")
+    validate.build(node, "dataset")
     assert built == ["dataset", "dataset", "dataset.parts.shapes"]
     with pytest.raises(NecoError, match=r"dataset\.parts\.a\._target_='neco\.loss\.neco\.NeCo': no option of dataset"):
-        config.build({**node, "parts": {"a": {"_target_": "neco.loss.neco.NeCo"}}}, "dataset")
+        validate.build({**node, "parts": {"a": {"_target_": "neco.loss.neco.NeCo"}}}, "dataset")
     with pytest.raises(NecoError, match=r"dataset\.parts\.a=3: an option of the group"):
-        config.build({**node, "parts": {"a": 3}}, "dataset")
+        validate.build({**node, "parts": {"a": 3}}, "dataset")

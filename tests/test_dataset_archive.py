@@ -22,7 +22,7 @@ from neco.dataset import archive, file_state
 from neco.dataset.archive import Store
 from neco.dataset.base import read_image
 from neco.dataset.files import Member, Tree, read_bytes
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 
 def tar(path, files, **options):
@@ -480,7 +480,7 @@ def test_threads_and_few_open_files(tmp_path, monkeypatch):
 
 def test_bad_images_in_archives_are_listed_by_their_place(tmp_path):
     from neco.dataset.base import Sample
-    from neco.training.bad import BadImages  # imports what a spawned worker above should not wait for
+    from neco.training.unreadable import BadImages  # imports what a spawned worker above should not wait for
 
     (ref,) = Tree(tar("a.tar", {"1.jpg": b"1"})).images().values()
     BadImages(tmp_path, [Sample("1.jpg", ref)], {"": (1, 1)}).note([(0, "why")])

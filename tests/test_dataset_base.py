@@ -16,7 +16,7 @@ from neco.augment.views import Views, view_rng
 from neco.dataset.base import Dataset, Sample, pair_samples, read_image, read_label
 from neco.dataset.decode import read_pixels, stored_size
 from neco.dataset.files import SUFFIXES, Tree
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 
 class Two(Dataset):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from neco.dataset.base import read_image, read_label
 from neco.dataset.camvid import CamVid
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "camvid"
 MASK = np.array([[0, 10], [11, 3]], np.uint8)

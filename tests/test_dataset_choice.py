@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from dataset_support import ade20k, cityscapes, save_image
 
-from neco import config
+from neco.config import validate
 from neco.dataset.base import Dataset, Sample
 from neco.dataset.folder import Folder
 from neco.dataset.mix import Mix
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 
 class Listed(Dataset):
@@ -40,21 +40,21 @@ def test_a_fraction_is_a_seeded_choice_from_train():
     ("given", "images"), [("1/8", 1322), ("1/64", 165), ("1/128", 82), ("1/100000", 1), (0.5, 5291), (1, 10582)]
 )
 def test_fractions_are_numbers_or_text(given, images):
-    node = config.option("dataset", "coco", {"data_root": "data", "cache_dir": "cache"})
-    fraction = config.build({**node, "fraction": given}, "dataset").fraction
+    node = validate.option("dataset", "coco", {"data_root": "data", "cache_dir": "cache"})
+    fraction = validate.build({**node, "fraction": given}, "dataset").fraction
     assert len(keys(Listed(10582, fraction=fraction))) == images
 
 
 @pytest.mark.parametrize("given", ["0", "1/0", "9/8", "-1/8", "some", 0, 1.5, True])
 def test_other_fractions_are_refused(given):
-    node = config.option("dataset", "coco", {"data_root": "data", "cache_dir": "cache"})
+    node = validate.option("dataset", "coco", {"data_root": "data", "cache_dir": "cache"})
     with pytest.raises(NecoError, match=r"dataset\.fraction="):
-        config.build({**node, "fraction": given}, "dataset")
+        validate.build({**node, "fraction": given}, "dataset")
 
 
 def test_fraction_and_files_exclude_each_other():
     with pytest.raises(NecoError, match=r"fraction=1/8 and files=a.txt both choose"):
-        config.load("dataset=coco", "dataset.fraction=1/8", "dataset.files=a.txt")
+        validate.load("dataset=coco", "dataset.fraction=1/8", "dataset.files=a.txt")
 
 
 def photos(root, *names):
@@ -70,11 +70,11 @@ def test_files_are_matched_with_and_without_folders_and_suffix(tmp_path):
     assert keys(Folder(root=root, files=str(listing))) == ["a/1.jpg", "b/2.png", "b/v1.2.png", "c.jpg"]
     ade20k(tmp_path / "ade", "")
     listing.write_text("images/training/ADE_train_00000003.jpg\nADE_train_00000001\n")
-    built = config.load("dataset=ade20k", f"dataset.root={tmp_path}/ade", f"dataset.files={listing}").build("dataset")
+    built = validate.load("dataset=ade20k", f"dataset.root={tmp_path}/ade", f"dataset.files={listing}").build("dataset")
     assert keys(built) == ["ADE_train_00000001", "ADE_train_00000003"] and len(keys(built, "val")) == 3
     cityscapes(tmp_path / "city", "", ("labelIds",))
     listing.write_text("aachen_000002_000019_leftImg8bit.png\naachen/aachen_000000_000019\n")
-    city = config.load("dataset=cityscapes", f"dataset.root={tmp_path}/city", f"dataset.files={listing}")
+    city = validate.load("dataset=cityscapes", f"dataset.root={tmp_path}/city", f"dataset.files={listing}")
     assert keys(city.build("dataset")) == ["aachen/aachen_000000_000019", "aachen/aachen_000002_000019"]
 
 

@@ -11,7 +11,7 @@ from dataset_support import CATEGORIES, THING_CLASSES, coco, coco_classes, save_
 
 from neco.dataset.base import read_image, read_label
 from neco.dataset.coco import CocoStuff, CocoThings
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "coco_panoptic_sample"
 SEMANTIC, UNNAMED = "annotations/panoptic_annotations/semantic_segmenations_{}2017", "annotations/{}2017"

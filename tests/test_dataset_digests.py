@@ -9,7 +9,7 @@ import pytest
 from neco.dataset import digests, file_state
 from neco.dataset.digests import Contents, DigestStore, noting, store_in
 from neco.dataset.files import read_bytes
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 
 @pytest.fixture(autouse=True)

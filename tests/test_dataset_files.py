@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neco import results
 from neco.dataset import file_state, files
 from neco.dataset.files import Tree, listing
 from neco.dataset.shapes import Shapes
-from neco.errors import NecoError
-from neco.eval.pictures import Picture
 from neco.report import gallery
+from neco.report.pictures import Picture
+from neco.runs import folder
+from neco.utils.errors import NecoError
 
 HOUR = 3600 * 10**9
 
@@ -114,7 +114,7 @@ def test_folders_of_runs_and_caches_hold_no_images(photos, clock, tmp_path, capl
     before = set(Tree(photos, tmp_path / "index").images())
     for run in ("runs/eval/one", "runs/sweep/seed-0", "b/two"):
         (photos / run).mkdir(parents=True)
-        results.describe(photos / run, {"task": "eval"}, [], {}, "cpu")
+        folder.describe(photos / run, {"task": "eval"}, [], {}, "cpu")
         gallery.save([Picture("groups", np.zeros((4, 4, 3), np.uint8), "a", "")], photos / run, "retrieval")
     Shapes(root=str(photos / "cache/shapes"), train=2, val=1).samples("train")
     with zipfile.ZipFile(tmp_path / "outer.zip", "w", zipfile.ZIP_DEFLATED) as outer:

@@ -5,7 +5,7 @@ from PIL import Image
 from neco.dataset.base import read_label
 from neco.dataset.coco import Coco
 from neco.dataset.folder import Folder
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 
 def put(path, value=0):

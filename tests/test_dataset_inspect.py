@@ -9,8 +9,8 @@ from neco.dataset import inspect as looks
 from neco.dataset.base import Sample
 from neco.dataset.folder import Folder
 from neco.dataset.inspect import check_classes, inspect
-from neco.errors import NecoError
-from neco.training import bad
+from neco.training import unreadable
+from neco.utils.errors import NecoError
 
 
 def labelled(root, masks, classes=("background", "object"), **keys):
@@ -77,11 +77,11 @@ def test_16_bits_that_come_out_as_one_value_are_warned_of(tmp_path, caplog, name
         values = np.random.default_rng(number).integers(0, 255, (8, 8)).astype(np.uint16) * scale
         cv2.imwrite(str(tmp_path / f"{number}.png"), values)
         samples.append(Sample(str(number), str(tmp_path / f"{number}.png")))
-    bad.look(samples, {"": (0, 3)})
+    unreadable.look(samples, {"": (0, 3)})
     assert ("3 of 3 images looked at are nearly one value" in caplog.text) == warns
     assert ("16 bits" in caplog.text and "dataset.range=[LOW,HIGH]" in caplog.text) == warns
     caplog.clear()
-    bad.look([Sample(s.key, s.image, range=(0, 254 * scale)) for s in samples], {"": (0, 3)})
+    unreadable.look([Sample(s.key, s.image, range=(0, 254 * scale)) for s in samples], {"": (0, 3)})
     assert not caplog.text
 
 

@@ -11,10 +11,10 @@ import pytest
 from conftest import CONF, losses
 from dataset_support import LAYOUTS, STUFF_CLASSES, THING_CLASSES, VOC, Built, save_image, save_mask
 
-from neco import config
+from neco.config import validate
 from neco.dataset.base import read_image, read_label
 from neco.dataset.voc import VOC as VocFiles
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 ONE = {name.split(":")[0]: name for name in reversed(LAYOUTS)}  # the first layout of each option
 ALL = {*(path.stem for path in (CONF / "dataset").glob("[!_]*.yaml"))}
@@ -22,10 +22,10 @@ ALL = {*(path.stem for path in (CONF / "dataset").glob("[!_]*.yaml"))}
 
 def open_set(built, **keys):
     """The data set of a layout, through the YAML of its option."""
-    node = config.option("dataset", built.option, {"data_root": "data", "cache_dir": str(built.root)})
+    node = validate.option("dataset", built.option, {"data_root": "data", "cache_dir": str(built.root)})
     given = {"root": built.root, **built.keys, **keys}
     given["root"] = str(given["root"])
-    return config.build({**node, **given}, "dataset")
+    return validate.build({**node, **given}, "dataset")
 
 
 def assert_loads(dataset, built):
@@ -267,9 +267,9 @@ def test_the_layout_of_voc_takes_other_classes(tmp_path, caplog):
         ("plain", {"classes": ["plate", "pore", "crack", "slag"]}, {3, 0, 255}),
         ("reduced", {"classes": ["pore", "crack", "slag"], "reduce_zero_label": True}, {2, 255}),
     ):
-        dataset = config.build(
+        dataset = validate.build(
             {
-                **config.option("dataset", "voc", {"data_root": "data", "cache_dir": str(tmp_path)}),
+                **validate.option("dataset", "voc", {"data_root": "data", "cache_dir": str(tmp_path)}),
                 "root": str(tmp_path),
                 **keys,
             },

@@ -13,7 +13,7 @@ from neco.dataset.folder import Folder
 from neco.dataset.inspect import read_pair
 from neco.dataset.masks import read_mask
 from neco.dataset.voc import VOC
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 CLASSES = ["a", "b", "c"]
 LABELS = np.array([[0, 1, 2, 2], [2, 1, 0, 0], [1, 1, 1, 0]], np.uint8)

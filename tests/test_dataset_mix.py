@@ -13,8 +13,8 @@ from test_task_train import Stopped, assert_same_run, state, stop_after  # noqa:
 
 from neco.dataset.base import Dataset, Sample
 from neco.dataset.mix import Mix
-from neco.errors import NecoError
 from neco.training.data import Positions, contents
+from neco.utils.errors import NecoError
 
 
 class Listed(Dataset):

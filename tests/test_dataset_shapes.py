@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from neco.dataset import shapes
 from neco.dataset.base import read_image, read_label
 from neco.dataset.shapes import SIZE, Shapes, draw
-from neco.errors import NecoError
 from neco.eval.retrieval import Retrieval
+from neco.utils.errors import NecoError
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,14 @@ import torch.multiprocessing as mp
 from conftest import ROOT, SMALL, losses
 from safetensors.torch import load_file
 
-from neco import config, devices, load_backbone
+from neco import load_backbone
 from neco.augment.views import view_rng
-from neco.errors import NecoError
-from neco.eval.neighbours import Neighbours
+from neco.config import validate
+from neco.distributed import collectives
+from neco.eval.common.neighbors import Neighbours
 from neco.training.data import Positions
 from neco.training.module import PostTraining
+from neco.utils.errors import NecoError
 
 WORLD, IMAGES = 2, 4
 VARIANTS = {
@@ -45,7 +47,7 @@ def free_port() -> str:
 def batch(part: slice) -> dict[str, torch.Tensor]:
     """Random pixels and crops of the images of `part`."""
     generator = torch.Generator().manual_seed(3)
-    views = config.load(*SMALL).build("augment").resolve(8, 64)
+    views = validate.load(*SMALL).build("augment").resolve(8, 64)
     crops = [views.sample(view_rng(0, 0, index), 100, 120).crops for index in range(IMAGES)]
     pixels = {
         name: torch.randint(0, 256, (IMAGES, count, 3, size, size), generator=generator, dtype=torch.uint8)
@@ -56,7 +58,7 @@ def batch(part: slice) -> dict[str, torch.Tensor]:
 
 def steps(variant: str) -> tuple[list[float], list[torch.Tensor]]:
     """Losses and gradients of two steps, averaged over the processes as DDP does."""
-    settings = config.load(*SMALL, "train.drop_path=0.5", *VARIANTS[variant])
+    settings = validate.load(*SMALL, "train.drop_path=0.5", *VARIANTS[variant])
     torch.manual_seed(0)
     backbone = settings.build("model", drop_path=0.5)
     module = PostTraining(
@@ -64,13 +66,13 @@ def steps(variant: str) -> tuple[list[float], list[torch.Tensor]]:
         options=settings.spine["train"], optim=settings.spine["optim"], global_views=2,
         steps=4, seed=0,
     )  # fmt: skip
-    part, found = slice(*(IMAGES * r // devices.world() for r in (devices.rank(), devices.rank() + 1))), []
+    part, found = slice(*(IMAGES * r // collectives.world() for r in (collectives.rank(), collectives.rank() + 1))), []
     for index in range(2):
         loss = module.training_step(batch(part), index)
         loss.backward()
-        found.append(float(devices.total(loss.detach())) / devices.world())
+        found.append(float(collectives.total(loss.detach())) / collectives.world())
     trained = [p for part in (module.student, module.loss) for p in part.parameters() if p.grad is not None]
-    grads = [devices.total(p.grad) / devices.world() for p in trained]
+    grads = [collectives.total(p.grad) / collectives.world() for p in trained]
     return found, grads
 
 
@@ -93,12 +95,12 @@ def check_neighbours(rank: int) -> None:
 def work(rank: int, port: str, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     torch.set_num_threads(1)
-    devices.join()
-    assert (devices.world(), devices.rank(), devices.leader()) == (WORLD, rank, rank == 0)
+    collectives.join()
+    assert (collectives.world(), collectives.rank(), collectives.leader()) == (WORLD, rank, rank == 0)
     rows = torch.arange(rank + 1.0)[:, None].expand(rank + 1, 3)
-    assert devices.gather_uneven(rows)[:, 0].tolist() == [0, 0, 1]
-    assert devices.merge(rank) == [0, 1] and devices.total(torch.tensor([rank, 1])).tolist() == [1, 2]
-    assert [*devices.share(range(5))] == ([0, 1] if rank == 0 else [2, 3, 4])
+    assert collectives.gather_uneven(rows)[:, 0].tolist() == [0, 0, 1]
+    assert collectives.merge(rank) == [0, 1] and collectives.total(torch.tensor([rank, 1])).tolist() == [1, 2]
+    assert [*collectives.share(range(5))] == ([0, 1] if rank == 0 else [2, 3, 4])
     check_neighbours(rank)
     torch.save({variant: steps(variant) for variant in VARIANTS}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -123,17 +125,17 @@ def test_loss_and_gradients_are_those_of_one_process(together, variant):
 
 def test_one_process_is_alone():
     x = torch.rand(3, 2)
-    assert devices.world() == 1 and devices.rank() == 0 and devices.leader()
-    assert devices.gather(x) is x and devices.gather_uneven(x) is x and devices.total(x) is x
-    assert devices.merge("a") == ["a"] and devices.share([1, 2]) == [1, 2]
+    assert collectives.world() == 1 and collectives.rank() == 0 and collectives.leader()
+    assert collectives.gather(x) is x and collectives.gather_uneven(x) is x and collectives.total(x) is x
+    assert collectives.merge("a") == ["a"] and collectives.share([1, 2]) == [1, 2]
 
 
 def test_each_process_reads_its_part(monkeypatch):
     whole = [*Positions(10, 4, 6, 0)]
-    monkeypatch.setattr(devices, "world", lambda: 2)
+    monkeypatch.setattr(collectives, "world", lambda: 2)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(devices, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
         parts.append([*Positions(10, 4, 6, 0)])
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
 
@@ -230,4 +232,4 @@ def test_readers_share_the_cores(workers, device, sharing, environment, readers,
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert devices.readers(workers, device, sharing) == readers
+    assert collectives.readers(workers, device, sharing) == readers

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from neco import download
 from neco.dataset.base import read_label
 from neco.dataset.camvid import CamVid
-from neco.errors import NecoError
+from neco.utils import download
+from neco.utils.errors import NecoError
 
 spec = importlib.util.spec_from_file_location("download", Path(__file__).parents[1] / "scripts" / "download.py")
 script = importlib.util.module_from_spec(spec)

@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from neco import escape
-from neco.report import card, latex
+from neco.report import latex, model_card
 from neco.report.tables import Table
-from neco.results import columns, markdown
+from neco.utils import escape
+from neco.utils.text_table import columns, markdown
 
 NAMES = (
     '</script><img src=x onerror="alert(1)">', "=HYPERLINK(1)", "+1+cmd|' /C'!A0", "-2+3", "@SUM(1)", "\t=1+1",
@@ -91,10 +91,10 @@ def test_latex_keeps_rows_and_cells(tmp_path) -> None:
 @pytest.mark.parametrize("name", NAMES[:-2])
 def test_a_model_card_says_names_and_obeys_none(name: str) -> None:
     record = {"dataset": name, "split": name, "evaluation": name, "protocol": name, "metrics": {name: 0.3333}}
-    table = card._numbers([record]).splitlines()
+    table = model_card._numbers([record]).splitlines()
     assert len(table) == 5 and len(re.findall(r"(?<!\\)(?:\\\\)*\|", table[-1])) == 7 and "33.33" in table[-1]
     place = {"choices": {"dataset": name}, "git": name, "packages": {"neco": name, "torch": name}, "device": name}
-    text = card._training(card.Training("train", name, "auto", {name: (name, name)}, place))
+    text = model_card._training(model_card.Training("train", name, "auto", {name: (name, name)}, place))
     for plain in (re.sub(r"(`+).*?(?<!`)\1(?!`)", "", part, flags=re.DOTALL) for part in (*table, text)):
         found = plain.replace("[arXiv 2408.11054](https://arxiv.org/abs/2408.11054)", "")
         assert not re.search(r"(?<!\\)(?:\\\\)*[<>\[\]#$@]", found) and "://" not in found, found

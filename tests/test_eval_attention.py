@@ -10,12 +10,12 @@ from eval_support import Conv, Files, Noise, noisy, reorder
 from PIL import Image
 from test_model_mask import slow
 
+from neco.config.types import MEAN, STD
 from neco.dataset.base import Sample
-from neco.errors import NecoError
 from neco.eval.attention import Attention
-from neco.eval.extract import Extract
+from neco.features.extractor import Extract
 from neco.model.backbone import Backbone
-from neco.values import MEAN, STD
+from neco.utils.errors import NecoError
 
 ROOT = Path(__file__).parents[1]
 HERE = Extract(workers=0, batch_size=3)

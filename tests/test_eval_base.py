@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from neco.errors import NecoError
-from neco.eval import base
-from neco.eval.extract import Draw, Extract, _Items, resize_nearest
-from neco.values import MEAN, STD
+from neco.config.types import MEAN, STD
+from neco.eval import evaluation
+from neco.features import extractor
+from neco.features.extractor import Draw, Extract, _Items, resize_nearest
+from neco.utils.errors import NecoError
 
 REFERENCE_STD = (0.229, 0.224, 0.255)
 
@@ -50,7 +51,7 @@ class Counting(Conv):
         return super().forward(images)
 
 
-def run(extract: Extract, backbone: base.PatchFeatures, dataset: Files, size: int = 32, **how) -> torch.Tensor:
+def run(extract: Extract, backbone: extractor.PatchFeatures, dataset: Files, size: int = 32, **how) -> torch.Tensor:
     return torch.cat([f for _, f, _ in extract.stream(backbone, dataset, dataset.samples("val"), size, **how)])
 
 
@@ -190,23 +191,23 @@ def test_half_of_the_images_are_mirrored_where_it_is_asked_for() -> None:
 )
 def test_input_size(given_size: int | None, published: int, patch: int, image_size: int | None, size: int) -> None:
     dataset = SimpleNamespace(image_size=image_size)
-    assert base.input_size(given_size, published, patch, dataset) == (size, size)
+    assert evaluation.input_size(given_size, published, patch, dataset) == (size, size)
 
 
 def test_a_size_that_is_no_multiple_names_its_neighbours() -> None:
     with pytest.raises(NecoError, match=r"size=512 .* patch 14: use 504 or 518"):
-        base.input_size(512, 512, 14, SimpleNamespace(image_size=None))
+        evaluation.input_size(512, 512, 14, SimpleNamespace(image_size=None))
 
 
 def test_labelled_sorts_and_refuses_what_cannot_be_evaluated(dataset: Files) -> None:
     dataset.rows["val"] = dataset.rows["val"][::-1]
-    assert [s.key for s in base.labelled(dataset, "val")] == [f"val/{i}" for i in range(5)]
-    assert [s.key for s in base.labelled(dataset, "val", 2)] == [f"val/{i}" for i in range(4)]
+    assert [s.key for s in evaluation.labelled(dataset, "val")] == [f"val/{i}" for i in range(5)]
+    assert [s.key for s in evaluation.labelled(dataset, "val", 2)] == [f"val/{i}" for i in range(4)]
     with pytest.raises(NecoError, match="drop_last=6 leaves none"):
-        base.labelled(dataset, "val", 6)
+        evaluation.labelled(dataset, "val", 6)
     dataset.classes = ()
     with pytest.raises(NecoError, match="no labels on val"):
-        base.labelled(dataset, "val")
+        evaluation.labelled(dataset, "val")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -350,7 +351,7 @@ def test_a_damaged_file_is_computed_again(dataset: Files, tmp_path: Path, place:
 def test_more_classes_than_eight_bits_tell_apart_are_refused(dataset: Files) -> None:
     dataset.classes = tuple(str(i) for i in range(256))
     with pytest.raises(NecoError, match="256 classes: evaluations tell at most 255 apart"):
-        base.labelled(dataset, "val")
+        evaluation.labelled(dataset, "val")
 
 
 def test_the_cache_is_bounded_and_forgets_the_longest_unused(dataset: Files, tmp_path: Path) -> None:

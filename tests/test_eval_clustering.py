@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from neco.errors import NecoError
-from neco.eval import clustering
-from neco.eval.neighbours import Engine
+from neco.eval.common import clustering
+from neco.eval.common.neighbors import Engine
+from neco.utils.errors import NecoError
 
 ENGINES: list[Engine] = ["faiss", "torch"]
 

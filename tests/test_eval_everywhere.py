@@ -8,7 +8,7 @@ import yaml
 from eval_support import Files, noisy
 from test_eval_rectangular import HERE
 
-from neco import config
+from neco.config import discovery, validate
 from neco.eval.attention import Attention
 from neco.eval.linear import Linear
 from neco.eval.overcluster import Overcluster
@@ -33,12 +33,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return made
 
 
-@pytest.mark.parametrize("name", config.options("model"))
+@pytest.mark.parametrize("name", discovery.options("model"))
 def test_every_evaluation_takes_every_backbone(name: str, dataset: Files) -> None:
-    node = yaml.safe_load(Path(config.find("model", name)).read_text())
+    node = yaml.safe_load(Path(discovery.find("model", name)).read_text())
     heads = node.get("arch", {}).get("num_heads", 3)
     node["arch"] = {**node.get("arch", {}), "embed_dim": 8 * heads, "depth": 2, "num_heads": heads}
-    backbone = config.build(node, "model")
+    backbone = validate.build(node, "model")
     for evaluation in EVALUATIONS:
         found = evaluation(backbone, dataset, extract=HERE)
         assert "/112x224" in found.protocol and all(0 <= value <= 1 for value in found.metrics.values())

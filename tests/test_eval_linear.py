@@ -15,14 +15,15 @@ from eval_support import Conv, Files, Noise, Perfect, noisy, reorder, striped
 from PIL import Image
 from torch import nn
 
-from neco import config
-from neco.errors import NecoError
-from neco.eval import heads
-from neco.eval.base import Trained, generator
-from neco.eval.extract import Draw, Extract
+from neco.config import validate
+from neco.config.types import MEAN, STD
+from neco.eval.common import heads
+from neco.eval.evaluation import Trained
 from neco.eval.linear import Linear
-from neco.task.measure import save
-from neco.values import MEAN, STD
+from neco.eval.runner import save
+from neco.features.extractor import Draw, Extract
+from neco.utils.errors import NecoError
+from neco.utils.random import generator
 
 ROOT = Path(__file__).parents[1]
 HERE = Extract(workers=0, batch_size=3)
@@ -296,7 +297,7 @@ def test_a_run_keeps_the_head_and_evaluates_it(tmp_path: Path, cache: Path) -> N
 
     def evaluate(*options: str) -> list[dict]:
         few = ("task=eval", "eval=linear", "dataset.train=12", "dataset.val=4", "extract.workers=0", "weights=none")
-        wanted = config.load(*few, "eval.linear.epochs=1", f"cache_dir={cache}", f"run_dir={tmp_path}", *options)
+        wanted = validate.load(*few, "eval.linear.epochs=1", f"cache_dir={cache}", f"run_dir={tmp_path}", *options)
         task.main(wanted, task.prepare(wanted), tmp_path)
         return json.loads((tmp_path / "results.json").read_text())
 

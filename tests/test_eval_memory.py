@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from neco.eval import unsupervised
 from neco.eval.attention import Attention
-from neco.eval.extract import Extract
 from neco.eval.linear import Linear
 from neco.eval.overcluster import Overcluster
 from neco.eval.retrieval import Retrieval
 from neco.eval.unsupervised import Unsupervised
+from neco.features.extractor import Extract
 
 SIZE, PATCH, DIM = 112, 28, 8
 FEW, MANY = 24, 48  # so many that their masks would be more than what one image takes on its way

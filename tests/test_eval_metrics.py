@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neco.errors import NecoError
-from neco.eval import metrics
+from neco.eval.common import metrics
+from neco.utils.errors import NecoError
 
 
 def case(seed: int, predictions: int, classes: int, pixels: int = 300) -> tuple[torch.Tensor, torch.Tensor]:

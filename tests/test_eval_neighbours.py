@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from neco.errors import NecoError
-from neco.eval import neighbours
-from neco.eval.neighbours import Engine, Neighbours
+from neco.distributed import devices
+from neco.eval.common import neighbors
+from neco.eval.common.neighbors import Engine, Neighbours
+from neco.utils.errors import NecoError
 
 ENGINES: list[Engine] = ["faiss", "torch"]
 
@@ -21,8 +22,8 @@ def vectors(rows: int, seed: int, dim: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("queries", [1, 300])
 def test_equals_sorting(engine: Engine, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "SIMILARITIES", 6400)  # several blocks, the last ones partial
-    monkeypatch.setattr(neighbours, "ENTRIES", 100)
+    monkeypatch.setattr(neighbors, "SIMILARITIES", 6400)  # several blocks, the last ones partial
+    monkeypatch.setattr(neighbors, "ENTRIES", 100)
     memory, wanted = vectors(450, 0), vectors(queries, 1)
     values, places = Neighbours(memory, engine=engine)(wanted, 30)
     everything = (wanted.double() @ memory.double().T).sort(1, descending=True)
@@ -34,7 +35,7 @@ def test_equals_sorting(engine: Engine, queries: int, monkeypatch: pytest.Monkey
 def test_the_largest_are_found_in_groups(entries: int) -> None:
     x = torch.randn(50, entries, generator=torch.Generator().manual_seed(entries))
     x[:, -3:] += 5  # outside of all groups
-    values, places = neighbours.largest(x, 30)
+    values, places = neighbors.largest(x, 30)
     assert torch.equal(values, x.topk(30).values) and torch.equal(places, x.topk(30).indices)
 
 
@@ -43,7 +44,7 @@ def test_the_largest_are_found_in_groups(entries: int) -> None:
 def test_in_halves_products_are_float32s(scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, queries = (vectors(5000, 0, 384) * scale).to(dtype), vectors(20, 1, 384) * scale
     plain = Neighbours(memory, engine="torch")(queries, 30)
-    monkeypatch.setattr(neighbours, "_splits", lambda memory: True)
+    monkeypatch.setattr(neighbors, "_splits", lambda memory: True)
     found = Neighbours(memory, engine="torch")
     values, places = found(queries, 30)
     exact = queries.double() @ memory.double().T
@@ -53,8 +54,8 @@ def test_in_halves_products_are_float32s(scale: float, dtype: torch.dtype, monke
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_half_precision_from_a_file_is_exact_for_what_is_stored(engine: Engine, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(neighbours, "ENTRIES", 100)
-    memory = neighbours.bank(450, 16, torch.float16, tmp_path / "bank")
+    monkeypatch.setattr(neighbors, "ENTRIES", 100)
+    memory = neighbors.bank(450, 16, torch.float16, tmp_path / "bank")
     memory[:] = vectors(450, 0)
     assert not [*(tmp_path / "bank").iterdir()], "nothing is left behind, whatever happens"
     queries = vectors(70, 1)
@@ -78,7 +79,7 @@ def test_cells_find_most_and_with_all_probed_everything(dtype: torch.dtype) -> N
 
 def test_a_bank_without_room_is_refused(tmp_path) -> None:
     with pytest.raises(NecoError, match=r"a memory of 1024000\.0 GB is wanted in"):
-        neighbours.bank(10**12, 512, torch.float16, tmp_path)
+        neighbors.bank(10**12, 512, torch.float16, tmp_path)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -91,7 +92,7 @@ def test_all_entries_can_be_asked_for_but_no_more(engine: Engine) -> None:
 
 def test_without_faiss_both_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    monkeypatch.setattr(neighbours, "find_spec", lambda name: None)
+    monkeypatch.setattr(neighbors, "find_spec", lambda name: None)
     with pytest.raises(NecoError, match=r"pip install faiss-cpu.*engine=torch"):
         Neighbours(vectors(3, 0))
     assert len(Neighbours(vectors(3, 0), engine="torch")(vectors(2, 1), 1)[0]) == 2
@@ -101,7 +102,7 @@ def test_full_precision_is_undone() -> None:
     before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
     try:
-        with neighbours.full_precision():
+        with devices.full_precision():
             assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32 == convolutions
     finally:

@@ -10,10 +10,10 @@ import yaml
 from eval_support import Conv, Files, Noise, Perfect, noisy, reorder, striped
 from PIL import Image
 
-from neco.errors import NecoError
-from neco.eval.extract import Extract
+from neco.config.types import MEAN, STD
 from neco.eval.overcluster import Overcluster
-from neco.values import MEAN, STD
+from neco.features.extractor import Extract
+from neco.utils.errors import NecoError
 
 ROOT = Path(__file__).parents[1]
 HERE = Extract(workers=0, batch_size=3)

@@ -10,10 +10,10 @@ from eval_support import Files, noisy
 from PIL import Image
 from test_eval_rectangular import ALL, HERE, Blind, scene
 
-from neco.eval import pictures
-from neco.eval.extract import resize_nearest
-from neco.eval.pictures import colours
 from neco.eval.retrieval import Retrieval, soft_labels, typical
+from neco.features.extractor import resize_nearest
+from neco.report import pictures
+from neco.report.pictures import colours
 
 
 @pytest.fixture

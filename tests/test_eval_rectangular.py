@@ -8,15 +8,15 @@ import torch
 from eval_support import Conv, Files, Noise, noisy
 from torch import Tensor
 
-from neco.errors import NecoError
+from neco.config.types import MEAN, STD
 from neco.eval.attention import Attention
-from neco.eval.base import input_size
-from neco.eval.extract import Draw, Extract
+from neco.eval.evaluation import input_size
 from neco.eval.linear import Linear
 from neco.eval.overcluster import Overcluster
 from neco.eval.retrieval import Retrieval
 from neco.eval.unsupervised import Unsupervised
-from neco.values import MEAN, STD
+from neco.features.extractor import Draw, Extract
+from neco.utils.errors import NecoError
 
 HERE = Extract(workers=0, batch_size=2)
 SIZE = [32, 64]

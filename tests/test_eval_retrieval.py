@@ -10,14 +10,14 @@ import yaml
 from eval_support import Conv, Files, Noise, Perfect, noisy, reorder, striped
 from PIL import Image
 
+from neco.config.types import MEAN, STD
 from neco.dataset.base import Sample, read_label
-from neco.errors import NecoError
 from neco.eval import retrieval
-from neco.eval.extract import Extract
-from neco.eval.neighbours import Neighbours
+from neco.eval.common.neighbors import Neighbours
 from neco.eval.overcluster import Overcluster
 from neco.eval.retrieval import Retrieval
-from neco.values import MEAN, STD
+from neco.features.extractor import Extract
+from neco.utils.errors import NecoError
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT.parent / "shared" / "examples" / "retrieval_vote.npz"

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from neco.errors import NecoError
-from neco.eval.extract import Extract
-from neco.eval.sliding import SlidingWindows, slide, starts
-from neco.values import MEAN, STD
+from neco.config.types import MEAN, STD
+from neco.eval.common.sliding import SlidingWindows, slide, starts
+from neco.features.extractor import Extract
+from neco.utils.errors import NecoError
 
 EXTRACT = Extract(batch_size=3, workers=0)
 

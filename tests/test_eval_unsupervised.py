@@ -17,16 +17,17 @@ from scipy.optimize import linear_sum_assignment
 from test_devices import free_port
 from test_model_mask import slow as slow_mask
 
-from neco import devices
+from neco.config.types import MEAN, STD
 from neco.dataset.base import Sample
-from neco.errors import NecoError
-from neco.eval import clustering, communities, unsupervised
+from neco.distributed import collectives
+from neco.eval import unsupervised
 from neco.eval.attention import Attention
-from neco.eval.base import Result
-from neco.eval.extract import Extract
+from neco.eval.common import clustering, graph
+from neco.eval.evaluation import Result
 from neco.eval.unsupervised import Unsupervised
+from neco.features.extractor import Extract
 from neco.model.mask import foreground
-from neco.values import MEAN, STD
+from neco.utils.errors import NecoError
 
 ROOT = Path(__file__).parents[1]
 HERE = Extract(workers=0, batch_size=3)
@@ -116,9 +117,9 @@ def test_projection_of_a_stream_is_that_of_all_rows() -> None:
 def test_neighbours_are_those_of_the_angles() -> None:
     straight = {(0, 1), (1, 0), (0, -1), (-1, 0), (0, 2), (2, 0), (0, -2), (-2, 0)}
     diagonal = [(1, 1), (1, -1), (-1, -1), (-1, 1)]
-    assert sorted(communities.offsets()) == sorted([*straight, *diagonal * 2])
+    assert sorted(graph.offsets()) == sorted([*straight, *diagonal * 2])
     slip = [*straight, *diagonal, *diagonal[:2], diagonal[3], (-2, -1)]
-    assert sorted(communities.offsets("reference")) == sorted(slip)
+    assert sorted(graph.offsets("reference")) == sorted(slip)
 
 
 @pytest.mark.parametrize("compat", ["standard", "reference"])
@@ -143,9 +144,9 @@ def test_edge_weights_against_a_loop_over_pixels(compat: str) -> None:
                 rows[node].append([count / sum(row) for count in row])
     mean = [[sum(row[b] for row in rows[a]) / max(len(rows[a]), 1) for b in range(6)] for a in range(6)]
     wanted = [[min(mean[a][b], mean[b][a]) for b in range(6)] for a in range(6)]
-    parts = [communities.neighbour_shares(part, 6, communities.offsets(compat)) for part in maps.split(4)]
+    parts = [graph.neighbour_shares(part, 6, graph.offsets(compat)) for part in maps.split(4)]
     shares, images = (sum(part) for part in zip(*parts, strict=True))
-    found = communities.edge_weights(shares, images)
+    found = graph.edge_weights(shares, images)
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
     assert found.sum() > 1 and images.tolist() == [len(row) for row in rows]
 
@@ -165,11 +166,11 @@ def two_rings() -> torch.Tensor:
 def test_communities_of_two_rings(method: str) -> None:
     if method == "infomap":
         pytest.importorskip("infomap", reason="runs where neco[infomap] is installed (make installs it)")
-    found = communities.communities(two_rings(), 0.07, method=method, markov_time=1.2, modules=2)
+    found = graph.communities(two_rings(), 0.07, method=method, markov_time=1.2, modules=2)
     assert found.module.tolist() == [0] * 4 + [1] * 4 + [2] and found.count == 2
     edges, bridge = 8 * 0.5, 0.1
     assert found.modularity == pytest.approx(edges / (edges + bridge) - 2 * 0.5**2)
-    none = communities.communities(two_rings(), 0.6, method=method)
+    none = graph.communities(two_rings(), 0.6, method=method)
     assert none.module.tolist() == [*range(9)] and (none.count, none.modularity) == (0, 0)
 
 
@@ -177,10 +178,10 @@ def test_louvain_comes_nearest_to_the_preferred_number() -> None:
     ring = torch.zeros(24, 24)
     for node in range(24):
         ring[node, (node + 1) % 24] = ring[(node + 1) % 24, node] = 1 if node % 2 else 0.9
-    counts = [communities.communities(ring, 0.5, modules=m).count for m in (2, 6, 12)]
+    counts = [graph.communities(ring, 0.5, modules=m).count for m in (2, 6, 12)]
     assert counts == sorted(counts) and counts[2] == 12 and counts[0] <= 4
-    long = communities.communities(ring, 0.5, markov_time=5).count
-    assert long < communities.communities(ring, 0.5, markov_time=0.3).count
+    long = graph.communities(ring, 0.5, markov_time=5).count
+    assert long < graph.communities(ring, 0.5, markov_time=0.3).count
 
 
 def test_cluster_precision_against_a_loop() -> None:
@@ -215,7 +216,7 @@ def test_matching_against_all_permutations() -> None:
     wanted = np.zeros((3, 3))
     for v in range(4):
         wanted[best.index(v) if v in best else 2] += joined[v]
-    found = unsupervised._matched(matrix, communities.Partition(np.array(module), 4, 0.0), 2)
+    found = unsupervised._matched(matrix, graph.Partition(np.array(module), 4, 0.0), 2)
     assert (found.numpy() == wanted).all()
 
 
@@ -272,7 +273,7 @@ def slow_miou(dataset: Files, backbone: Seeing, precision: float, reference: boo
     nearest = ((points[:, None] - centroids) ** 2).sum(2).argmin(1)
     shown = np.where(kept, nearest.reshape(kept.shape) + 1, 0)[:, PICK8][:, :, PICK8]
 
-    around = communities.offsets("reference" if reference else "standard")
+    around = graph.offsets("reference" if reference else "standard")
     shares, images = np.zeros((41, 41)), np.zeros(41)
     for image in shown:
         pairs = np.zeros((41, 41))
@@ -289,9 +290,7 @@ def slow_miou(dataset: Files, backbone: Seeing, precision: float, reference: boo
     target, scores = np.stack(masks[len(train) :]), []
     valid = target != 255
     for seed in (0, 1):
-        found = communities.communities(weights, 0.07, markov_time=1.2, modules=4, seed=seed).module[
-            shown[len(train) :]
-        ]
+        found = graph.communities(weights, 0.07, markov_time=1.2, modules=4, seed=seed).module[shown[len(train) :]]
         table = np.array([[iou((found == v)[valid], (target == c)[valid]) or 0 for v in range(41)] for c in range(5)])
         classes, matched = linear_sum_assignment(1 - table)
         renamed = np.zeros_like(found)
@@ -424,7 +423,7 @@ def test_what_cannot_work_is_refused_before_anything_is_read(real: Files, monkey
             Unsupervised(**values).plan(8, real)
     with pytest.raises(NecoError, match="at least one"):
         Unsupervised(seeds=())
-    monkeypatch.setattr(communities, "find_spec", lambda name: None)
+    monkeypatch.setattr(graph, "find_spec", lambda name: None)
     with pytest.raises(NecoError, match=r"under the GPL.*pip install 'neco\[infomap\]'.*method=louvain"):
         Unsupervised(method="infomap")
     real.classes = tuple("abcde")
@@ -447,7 +446,7 @@ def evaluate(dataset: Files) -> list[Result]:
 
 def work(rank: int, port: str, dataset: Files, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
-    devices.join()
+    collectives.join()
     torch.save([asdict(result) for result in evaluate(dataset)], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

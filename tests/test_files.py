@@ -11,24 +11,24 @@ import sys
 import pytest
 from conftest import ROOT
 
-from neco import files
-from neco.download import alone
-from neco.errors import NecoError
-from neco.task.common import locked
+from neco.runs.folder import locked
+from neco.utils import atomic_files
+from neco.utils.download import alone
+from neco.utils.errors import NecoError
 
 
 def test_what_was_there_stays_until_the_block_ends_well(tmp_path):
     path = tmp_path / "a.txt"
-    with files.whole(path, "w") as file:
+    with atomic_files.whole(path, "w") as file:
         file.write("first")
         assert not path.exists()
-    with pytest.raises(KeyError), files.whole(path) as file:
+    with pytest.raises(KeyError), atomic_files.whole(path) as file:
         file.write(b"second")
         raise KeyError
     assert path.read_text() == "first" and [*tmp_path.iterdir()] == [path]
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "not for the owner only"
-    with files.scratch(tmp_path) as folder:
+    with atomic_files.scratch(tmp_path) as folder:
         (folder / "b").write_text("b")
         (folder / "b").rename(tmp_path / "b")
     assert {found.name for found in tmp_path.iterdir()} == {"a.txt", "b", "plain"}
@@ -44,12 +44,12 @@ with files.scratch(Path({str(tmp_path)!r})) as folder, files.whole(Path({str(tmp
     os._exit(0)
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    left = {*tmp_path.glob(files.PATTERN)}
+    left = {*tmp_path.glob(atomic_files.PATTERN)}
     assert len(left) == 2
-    with files.whole(tmp_path / "b") as file, files.scratch(tmp_path) as folder:
+    with atomic_files.whole(tmp_path / "b") as file, atomic_files.scratch(tmp_path) as folder:
         file.write(b"of the living")
-        files.tidy(tmp_path)
-        assert folder.is_dir() and len({*tmp_path.glob(files.PATTERN)} - left) == 2
+        atomic_files.tidy(tmp_path)
+        assert folder.is_dir() and len({*tmp_path.glob(atomic_files.PATTERN)} - left) == 2
         assert not left & {*tmp_path.iterdir()}
     assert [found.name for found in tmp_path.iterdir()] == ["b"]
 
@@ -72,10 +72,10 @@ def test_without_hard_links_a_second_name_is_a_copy(tmp_path, monkeypatch, numbe
     last.write_bytes(b"one")
     best.write_bytes(b"before")
     monkeypatch.setattr(os, "link", fail(number))
-    files.link_or_copy(last, best)
-    assert best.read_bytes() == b"one" and files.has_same_content(last, best)
+    atomic_files.link_or_copy(last, best)
+    assert best.read_bytes() == b"one" and atomic_files.has_same_content(last, best)
     last.write_bytes(b"two")
-    assert best.read_bytes() == b"one" and not files.has_same_content(last, best)
+    assert best.read_bytes() == b"one" and not atomic_files.has_same_content(last, best)
     assert {*tmp_path.iterdir()} == {last, best}
 
 
@@ -83,21 +83,21 @@ def test_a_second_name_is_a_link_where_there_are_links(tmp_path):
     last, best = tmp_path / "last", tmp_path / "best"
     last.write_bytes(b"one")
     for _ in range(2):
-        files.link_or_copy(last, best)
+        atomic_files.link_or_copy(last, best)
         assert last.samefile(best) and {*tmp_path.iterdir()} == {last, best}
 
 
 @pytest.mark.parametrize("number", LACKING, ids=errno.errorcode.get)
 def test_what_cannot_be_renamed_is_copied(tmp_path, monkeypatch, number):
     monkeypatch.setattr(os, "replace", fail(number))
-    with files.whole(tmp_path / "a") as file:
+    with atomic_files.whole(tmp_path / "a") as file:
         file.write(b"first")
-    with files.whole(tmp_path / "a") as file:
+    with atomic_files.whole(tmp_path / "a") as file:
         file.write(b"second")
-    with files.scratch(tmp_path) as folder:
+    with atomic_files.scratch(tmp_path) as folder:
         (folder / "shapes").mkdir()
         (folder / "shapes/b").touch()
-        files.rename(folder / "shapes", tmp_path / "shapes")
+        atomic_files.rename(folder / "shapes", tmp_path / "shapes")
     assert (tmp_path / "a").read_bytes() == b"second" and (tmp_path / "shapes/b").is_file()
     assert {found.name for found in tmp_path.iterdir()} == {"a", "shapes"}
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_renamed_is_copied(tmp_path, monkeypatch, number):
 def test_a_disk_that_is_full_or_broken_is_still_an_error(tmp_path, monkeypatch, number):
     (tmp_path / "a").write_bytes(b"first")
     for call in ("replace", "fsync"):
-        with monkeypatch.context() as broken, pytest.raises(OSError), files.whole(tmp_path / "a") as file:
+        with monkeypatch.context() as broken, pytest.raises(OSError), atomic_files.whole(tmp_path / "a") as file:
             broken.setattr(os, call, fail(number))
             file.write(b"second")
         assert [found.name for found in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"first"
@@ -116,14 +116,18 @@ def test_a_disk_that_is_full_or_broken_is_still_an_error(tmp_path, monkeypatch, 
     "number", (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL), ids=errno.errorcode.get
 )
 def test_without_locks_and_syncs_there_is_one_warning(tmp_path, monkeypatch, caplog, number):
-    files._warn_once.cache_clear()
+    atomic_files._warn_once.cache_clear()
     for module, name in ((fcntl, "lockf"), (fcntl, "flock"), (os, "fsync"), (os, "utime")):
         if (name, number) != ("fsync", errno.ENOLCK):
             monkeypatch.setattr(module, name, fail(number))
     for _ in range(2):
-        with locked(tmp_path / "run", "train"), alone(tmp_path / "weights.pth"), files.whole(tmp_path / "a") as file:
+        with (
+            locked(tmp_path / "run", "train"),
+            alone(tmp_path / "weights.pth"),
+            atomic_files.whole(tmp_path / "a") as file,
+        ):
             file.write(b"content")
-            files.touch(tmp_path / "run")
+            atomic_files.touch(tmp_path / "run")
     assert (tmp_path / "a").read_bytes() == b"content"
     said = [record.message for record in caplog.records]
     assert len(said) == 2 and all("has no locks" in text for text in said), said
@@ -140,11 +144,11 @@ def test_a_lock_that_another_process_holds_counts(tmp_path, monkeypatch, number)
 def test_without_memory_maps_files_are_read(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"content")
     (tmp_path / "empty").touch()
-    assert files.can_be_mapped(tmp_path / "a") and files.can_be_mapped(tmp_path / "empty")
+    assert atomic_files.can_be_mapped(tmp_path / "a") and atomic_files.can_be_mapped(tmp_path / "empty")
     monkeypatch.setattr(mmap, "mmap", fail(errno.ENODEV))
-    assert not files.can_be_mapped(tmp_path / "a")
+    assert not atomic_files.can_be_mapped(tmp_path / "a")
     with pytest.raises(FileNotFoundError):
-        files.can_be_mapped(tmp_path / "none")
+        atomic_files.can_be_mapped(tmp_path / "none")
 
 
 def test_the_system_calls_that_not_all_file_systems_have_are_in_one_module():
@@ -168,7 +172,7 @@ def test_what_is_appended_to_is_a_file_of_its_folder(tmp_path, kind):
     else:
         path.mkdir()
     with pytest.raises((NecoError, IsADirectoryError), match=r"\.lock"):
-        files.open_for_appending(path)
+        atomic_files.open_for_appending(path)
     if kind == "link":
         with pytest.raises(NecoError, match=r"\.lock is a link"), locked(path.parent, "eval"):
             pass
@@ -178,6 +182,6 @@ def test_what_is_appended_to_is_a_file_of_its_folder(tmp_path, kind):
     assert victim.exists() == (kind != "dangling") and (kind == "dangling" or victim.read_text() == "precious")
     path.rmdir() if kind == "folder" else path.unlink()
     for _ in range(2):
-        with files.open_for_appending(path) as file:
+        with atomic_files.open_for_appending(path) as file:
             file.write("line\n")
     assert path.read_text() == "line\nline\n"

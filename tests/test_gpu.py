@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from neco import config
 from neco.augment.batched import parameters, recolour
 from neco.augment.views import Views, view_rng
-from neco.eval import neighbours
-from neco.eval.clustering import kmeans
-from neco.eval.neighbours import Neighbours, full_precision
+from neco.config import validate
+from neco.distributed.devices import full_precision
+from neco.eval.common import neighbors
+from neco.eval.common.clustering import kmeans
+from neco.eval.common.neighbors import Neighbours
 from neco.loss import sorting
 from neco.loss.relaxation import choose
 from neco.training import compiled
@@ -75,7 +76,7 @@ def test_colours_are_the_cpus(compiles: bool) -> None:
 
 
 def module_and_batch(*overrides: str) -> tuple[PostTraining, dict]:
-    settings = config.load(
+    settings = validate.load(
         "task=train",
         "weights=none",
         "model=tiny",
@@ -198,8 +199,8 @@ def test_evaluations_are_the_cpus(inside) -> None:
 @pytest.mark.parametrize("engine", ["torch", "faiss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dim", [64, 384, 1024])
-def test_neighbours_are_those_of_the_cpu(monkeypatch, engine: neighbours.Engine, dtype: torch.dtype, dim: int) -> None:
-    if engine == "faiss" and not neighbours.load_faiss().get_num_gpus():
+def test_neighbours_are_those_of_the_cpu(monkeypatch, engine: neighbors.Engine, dtype: torch.dtype, dim: int) -> None:
+    if engine == "faiss" and not neighbors.load_faiss().get_num_gpus():
         pytest.skip("runs where faiss was built for GPUs")
     generator = torch.Generator().manual_seed(0)
     memory, queries = (
@@ -207,8 +208,8 @@ def test_neighbours_are_those_of_the_cpu(monkeypatch, engine: neighbours.Engine,
     )
     memory = memory.to(dtype)
     exact = Neighbours(memory, engine="faiss")(queries, 30)
-    for entries in (neighbours.GPU_ENTRIES, 1500):
-        monkeypatch.setattr(neighbours, "GPU_ENTRIES", entries)
+    for entries in (neighbors.GPU_ENTRIES, 1500):
+        monkeypatch.setattr(neighbors, "GPU_ENTRIES", entries)
         search = Neighbours(memory, engine=engine, device=GPU)
         found = search(queries, 30)
         rounded = engine == "faiss" and dtype == torch.float16

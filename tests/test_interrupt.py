@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from neco import interrupt
-from neco.errors import NecoError
-from neco.training.loop import Checkpoints
+from neco.training.callbacks import Checkpoints
+from neco.utils import signals
+from neco.utils.errors import NecoError
 
 
 def send(number: int = signal.SIGTERM) -> None:
@@ -21,30 +21,30 @@ def send(number: int = signal.SIGTERM) -> None:
 
 @pytest.fixture(autouse=True)
 def handled():
-    with interrupt.handled():
+    with signals.handled():
         yield
 
 
 def test_at_once_put_off_and_a_second_one():
-    with pytest.raises(interrupt.Interrupted, match="SIGTERM") as stop:
+    with pytest.raises(signals.Interrupted, match="SIGTERM") as stop:
         send()
     assert stop.value.code == 143
-    with interrupt.handled():
-        interrupt.put_off()
+    with signals.handled():
+        signals.put_off()
         send(signal.SIGINT)
-        assert interrupt.asked == signal.SIGINT
-        interrupt.check()
-        with pytest.raises(interrupt.Interrupted):
+        assert signals.asked == signal.SIGINT
+        signals.check()
+        with pytest.raises(signals.Interrupted):
             send(signal.SIGINT)
-        with pytest.raises(interrupt.Interrupted, match="SIGINT"):
-            interrupt.put_off(False)
+        with pytest.raises(signals.Interrupted, match="SIGINT"):
+            signals.put_off(False)
 
 
 def test_one_that_is_swallowed_is_raised_again():
-    with contextlib.suppress(interrupt.Interrupted):  # as Python does in callbacks
+    with contextlib.suppress(signals.Interrupted):  # as Python does in callbacks
         send()
-    with pytest.raises(interrupt.Interrupted):
-        interrupt.check()
+    with pytest.raises(signals.Interrupted):
+        signals.check()
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
@@ -56,22 +56,22 @@ def test_a_second_one_during_a_save_is_no_failed_save(tmp_path, number):
             send(number)
             send(number)
 
-    with pytest.raises(interrupt.Interrupted) as stop, interrupt.handled():
-        interrupt.put_off()
+    with pytest.raises(signals.Interrupted) as stop, signals.handled():
+        signals.put_off()
         Checkpoints(last.parent).save_checkpoint({"a": torch.zeros(1000), "b": Cut()}, last)
     assert stop.value.code == 128 + number and not last.exists()
 
 
 def test_an_error_that_a_signal_caused_is_the_signal():
     for error in (RuntimeError("unexpected pos"), OSError("bad file"), NecoError("cannot write")):
-        with pytest.raises(interrupt.Interrupted) as stop, interrupt.handled():
+        with pytest.raises(signals.Interrupted) as stop, signals.handled():
             try:
                 send(signal.SIGINT)
             finally:
                 raise error
         assert stop.value.code == 130
-    with pytest.raises(NecoError), interrupt.handled():  # the first, put off, is not the cause
-        interrupt.put_off()
+    with pytest.raises(NecoError), signals.handled():  # the first, put off, is not the cause
+        signals.put_off()
         send(signal.SIGINT)
         raise NecoError("no space left on device")
 
@@ -81,7 +81,7 @@ def test_a_hangup_counts_but_under_nohup():
     try:
         for handler, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
             signal.signal(signal.SIGHUP, handler)
-            with pytest.raises(interrupt.Interrupted) if stops else contextlib.nullcontext(), interrupt.handled():
+            with pytest.raises(signals.Interrupted) if stops else contextlib.nullcontext(), signals.handled():
                 signal.raise_signal(signal.SIGHUP)
             assert signal.getsignal(signal.SIGHUP) == handler
     finally:
@@ -89,19 +89,19 @@ def test_a_hangup_counts_but_under_nohup():
 
 
 def test_held_back_in_a_block():
-    with pytest.raises(interrupt.Interrupted), interrupt.held():
+    with pytest.raises(signals.Interrupted), signals.held():
         send()
         reached = True
     assert reached
 
 
 def test_a_worker_outlives_a_signal_for_a_while(monkeypatch):
-    monkeypatch.setattr(interrupt, "GRACE", 1)
-    with interrupt.held():
+    monkeypatch.setattr(signals, "GRACE", 1)
+    with signals.held():
         child = os.fork()
         if not child:
             try:
-                interrupt.ignore(0)
+                signals.ignore(0)
                 time.sleep(60)
                 time.sleep(60)
             finally:
@@ -122,7 +122,7 @@ def test_a_process_ends_with_its_parent_even_when_that_is_killed():
     parent = os.fork()
     if not parent:
         if not os.fork():
-            interrupt.with_parent()
+            signals.with_parent()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.write(begun[1], b"!")
             time.sleep(20)
@@ -139,11 +139,11 @@ def test_a_process_ends_with_its_parent_even_when_that_is_killed():
 
 @pytest.mark.parametrize("put_off", [0, 1])
 def test_a_library_that_keeps_the_main_thread_is_left(monkeypatch, put_off):
-    monkeypatch.setattr(interrupt, "UNHEARD", 0.5)
+    monkeypatch.setattr(signals, "UNHEARD", 0.5)
     child = os.fork()
     if not child:
-        with interrupt.handled():
-            interrupt.put_off(bool(put_off))
+        with signals.handled():
+            signals.put_off(bool(put_off))
             hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # of minutes, in which no handler runs
         os._exit(1)
     time.sleep(1)
@@ -157,14 +157,14 @@ def test_a_library_that_keeps_the_main_thread_is_left(monkeypatch, put_off):
 
 
 def test_a_signal_that_is_heard_late_ends_nothing(monkeypatch):
-    monkeypatch.setattr(interrupt, "UNHEARD", 0.2)
-    with pytest.raises(interrupt.Interrupted), interrupt.handled():
+    monkeypatch.setattr(signals, "UNHEARD", 0.2)
+    with pytest.raises(signals.Interrupted), signals.handled():
         send()
-    with interrupt.handled():
-        interrupt.put_off()
+    with signals.handled():
+        signals.put_off()
         send()
         time.sleep(1.5)
-        assert interrupt.asked == signal.SIGTERM
+        assert signals.asked == signal.SIGTERM
 
 
 def test_a_signal_before_the_job_is_told(inside, monkeypatch):

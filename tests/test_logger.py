@@ -17,12 +17,13 @@ import yaml
 from conftest import ROOT, SMALL, losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from neco import config, interrupt
-from neco.errors import NecoError
-from neco.logger import base, guard, wandb
+from neco.config import validate
+from neco.logger import background, base, trackers, wandb
 from neco.logger.base import About, Tracker
-from neco.results import Results
-from neco.training import loop
+from neco.runs.results import Results
+from neco.training import callbacks
+from neco.utils import signals
+from neco.utils.errors import NecoError
 
 WATCH = ("eval=overcluster", "eval.overcluster.k=4", "eval.overcluster.restarts=1")
 FEW = ("dataset.train=12", "dataset.val=4", "extract.workers=0", "weights=none")
@@ -112,7 +113,7 @@ def test_a_run_is_read_back(train) -> None:
 
 def test_a_failed_run_is_marked_and_resumed_as_the_same(train, monkeypatch, tmp_path) -> None:
     options = ["logger=[csv,wandb,tensorboard]", "train.save_minutes=1e-9", "train.steps=4"]
-    real = loop.Loop.on_train_batch_end
+    real = callbacks.Loop.on_train_batch_end
 
     def die(self, trainer, *arguments):
         if trainer.global_step == 3:  # logged, not saved
@@ -120,7 +121,7 @@ def test_a_failed_run_is_marked_and_resumed_as_the_same(train, monkeypatch, tmp_
             raise RuntimeError("no more")
         real(self, trainer, *arguments)
 
-    monkeypatch.setattr(loop.Loop, "on_train_batch_end", die)
+    monkeypatch.setattr(callbacks.Loop, "on_train_batch_end", die)
     with pytest.raises(RuntimeError, match="no more"):
         train(*options)
     assert text(events(tmp_path / "run"), "ended") == "failed"
@@ -154,9 +155,9 @@ def test_what_wandb_had_not_got_when_it_was_killed_comes_later(train) -> None:
 
 
 def test_an_interrupted_run_is_one_that_will_go_on(tmp_path) -> None:
-    settings = config.load("logger=wandb")
-    with pytest.raises(interrupt.Interrupted), base.Trackers(settings, Results(tmp_path)):
-        raise interrupt.Interrupted(2)
+    settings = validate.load("logger=wandb")
+    with pytest.raises(signals.Interrupted), trackers.Trackers(settings, Results(tmp_path)):
+        raise signals.Interrupted(2)
     (run,) = offline(tmp_path)
     assert run.preempting and (run.code, run.summary["ended"]) == (130, "interrupted")
 
@@ -204,7 +205,7 @@ class Sleeps(Tracker):
 @pytest.fixture
 def no_exit(monkeypatch):
     monkeypatch.setattr(atexit, "register", lambda *_: None)
-    monkeypatch.setattr(guard, "all_of_them", [])
+    monkeypatch.setattr(background, "all_of_them", [])
 
 
 @pytest.fixture
@@ -218,7 +219,7 @@ def own(tmp_path, monkeypatch):
 
 
 def test_broken_and_hanging_trackers_change_nothing(own, train, monkeypatch, caplog, no_exit) -> None:
-    monkeypatch.setattr(guard, "WAITING", 3)
+    monkeypatch.setattr(background, "WAITING", 3)
     began = time.monotonic()
     plain, plain_took = train("train.steps=8", folder="plain"), time.monotonic() - began
     bad = [f"+logger.{name.lower()}._target_=test_logger.{name}" for name in ("Raises", "Sleeps")]
@@ -226,7 +227,7 @@ def test_broken_and_hanging_trackers_change_nothing(own, train, monkeypatch, cap
     with caplog.at_level("INFO", "neco"):
         other = train(*bad, "train.steps=8", folder="other")
     assert time.monotonic() - began < plain_took + 2
-    said = [r.message for r in caplog.records if r.name == "neco.logger.guard"]
+    said = [r.message for r in caplog.records if r.name == "neco.logger.background"]
     assert len(said) == 2, said
     assert any("logger.raises" in line and "metrics: SystemExit: no disk" in line for line in said)
     assert any("logger.sleeps" in line and "3 entries wait" in line for line in said)
@@ -255,8 +256,8 @@ def test_one_that_is_slow_gets_its_time_unless_stopped_twice(monkeypatch, no_exi
             told.append(ended)
 
     for meant in (False, True):
-        monkeypatch.setattr(interrupt, "meant", meant)
-        slow = guard.Guard("slow", Slow())
+        monkeypatch.setattr(signals, "meant", meant)
+        slow = background.Guard("slow", Slow())
         slow.tell("finish", "success")
         slow.close()
         assert told == ["success"] and slow.dropped == meant
@@ -310,7 +311,7 @@ def test_the_mode_of_the_environment_counts_unless_one_is_given(monkeypatch, env
     monkeypatch.setenv("WANDB_MODE", "of")
     monkeypatch.delenv("WANDB_DISABLED", raising=False)
     with pytest.raises(NecoError, match=r"logger\.wandb: WANDB_MODE=of: must be online, offline or disabled"):
-        config.load("logger=wandb")
+        validate.load("logger=wandb")
 
 
 def test_variables_of_the_environment_are_honoured(monkeypatch, tmp_path) -> None:
@@ -319,7 +320,7 @@ def test_variables_of_the_environment_are_honoured(monkeypatch, tmp_path) -> Non
     for name, value in names.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     (tmp_path / "run").mkdir()
-    with base.Trackers(config.load("logger=wandb"), Results(tmp_path / "run")):
+    with trackers.Trackers(validate.load("logger=wandb"), Results(tmp_path / "run")):
         pass
     (run,) = offline(tmp_path / "elsewhere")
     about = run.about
@@ -328,7 +329,7 @@ def test_variables_of_the_environment_are_honoured(monkeypatch, tmp_path) -> Non
     assert {"one", "two", "tiny"} <= {*about.tags}
     given = [f"logger.wandb.{key}" for key in ("project=yours", "entity=them", "group=other", "tags=[three]")]
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "again"))
-    with base.Trackers(config.load("logger=wandb", *given), Results(tmp_path / "run")):
+    with trackers.Trackers(validate.load("logger=wandb", *given), Results(tmp_path / "run")):
         pass
     (run,) = offline(tmp_path / "again")
     about = run.about
@@ -338,8 +339,8 @@ def test_variables_of_the_environment_are_honoured(monkeypatch, tmp_path) -> Non
 
 def test_disabled_keeps_nothing(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    with base.Trackers(config.load("logger=wandb"), Results(tmp_path)) as trackers:
-        trackers.tell("metrics", {"loss": 1.0}, 1)
+    with trackers.Trackers(validate.load("logger=wandb"), Results(tmp_path)) as told:
+        told.tell("metrics", {"loss": 1.0}, 1)
     assert not [*tmp_path.glob("wandb*")]
 
 
@@ -347,7 +348,7 @@ def test_disabled_keeps_nothing(monkeypatch, tmp_path) -> None:
 def test_a_missing_package_is_told_at_once(monkeypatch, name, package) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(NecoError, match=rf"logger\.{name}: {name} is not installed .*pip install"):
-        config.load(f"logger={name}")
+        validate.load(f"logger={name}")
 
 
 @pytest.mark.parametrize("fault", ["raise RuntimeError('no GLIBC')", "raise SystemExit('no GLIBC')"])
@@ -356,7 +357,7 @@ def test_a_broken_package_is_told_at_once(monkeypatch, tmp_path, fault) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb")
     with pytest.raises(NecoError, match=r"logger\.wandb: wandb cannot be imported \(\w+: no GLIBC\): .*pip install"):
-        config.load("logger=wandb")
+        validate.load("logger=wandb")
 
 
 def test_an_unknown_tracker_of_several_is_named(inside) -> None:
@@ -366,7 +367,7 @@ def test_an_unknown_tracker_of_several_is_named(inside) -> None:
 
 def test_an_empty_id_or_tag_is_none(tmp_path) -> None:
     (tmp_path / "wandb_id.txt").write_text("")
-    with base.Trackers(config.load("logger=wandb", "logger.wandb.tags=['',mine]"), Results(tmp_path)):
+    with trackers.Trackers(validate.load("logger=wandb", "logger.wandb.tags=['',mine]"), Results(tmp_path)):
         pass
     (run,) = offline(tmp_path)
     assert run.about.run_id == (tmp_path / "wandb_id.txt").read_text() != ""

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from neco.errors import NecoError
 from neco.loss.base import Loss
 from neco.loss.cosine import Cosine
 from neco.loss.gram import Gram
@@ -16,6 +15,7 @@ from neco.loss.infonce import InfoNCE
 from neco.loss.leopart import Leopart, sinkhorn
 from neco.loss.paka import PaKA
 from neco.loss.soft_ce import SoftCE
+from neco.utils.errors import NecoError
 
 P, B, N, R, D, K = 3, 2, 4, 5, 6, 7
 LOSSES: dict[str, Callable[..., Loss]] = {

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from neco.errors import NecoError
 from neco.loss.relaxation import RELAXATIONS, choose
+from neco.utils.errors import NecoError
 
 each = pytest.mark.parametrize("name", RELAXATIONS)
 V = torch.cat([x := torch.logspace(-12, 1, 40, dtype=torch.float64), -x, torch.tensor([0, 0.25, -0.25], dtype=x.dtype)])

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from neco.errors import NecoError
 from neco.loss import sorting
 from neco.loss.relaxation import CAUCHY, RELAXATIONS, Relaxation, choose
 from neco.loss.sorting import comparators, soft_sort, sort_cross_entropy
+from neco.utils.errors import NecoError
 
 NETWORKS = ("bitonic", "odd_even")
 SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64)

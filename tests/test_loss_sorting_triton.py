@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from neco.errors import NecoError
 from neco.loss import sorting
 from neco.loss.relaxation import CAUCHY, RELAXATIONS
 from neco.loss.sorting import choose_engine
+from neco.utils.errors import NecoError
 
 triton = pytest.importorskip("triton", minversion="3.4", reason="runs where Triton 3.4 or newer is")
 

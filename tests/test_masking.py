@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import ROOT, SMALL
 
-from neco import masking, results
-from neco.launch import name, resume_command
-from neco.masking import make_printable, mask_nested, mask_secrets
+from neco.runs import results
+from neco.sweep.launcher import name, resume_command
+from neco.utils import masking
+from neco.utils.masking import make_printable, mask_nested, mask_secrets
 
 SHOWN = {
     "checkpoint=https://me:SECRET@host/a.pth": "checkpoint=https://***@host/a.pth",

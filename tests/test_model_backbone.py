@@ -13,9 +13,9 @@ from pydantic import TypeAdapter
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from neco.errors import NecoError
+from neco.config.types import MEAN, STD
 from neco.model.backbone import Backbone, StochasticDepth, _cls_attention, interpolate_positions
-from neco.values import MEAN, STD
+from neco.utils.errors import NecoError
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 OPTIONS = sorted(path.stem for path in CONF.glob("*.yaml"))

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import filesystem, metadata
 
-from neco.errors import NecoError
 from neco.model import last_checkpoint, load_backbone, trained_model
 from neco.model.weights import load
+from neco.utils.errors import NecoError
 
 State = dict[str, Tensor]
 

@@ -9,9 +9,9 @@ import torch
 import yaml
 from weights_support import DEPTH, HEADS, PATCH, Clip, D, Dino, Dinov3, State, renamed, three
 
-from neco.errors import NecoError
 from neco.model.backbone import Backbone
 from neco.model.weights import load, weights_hash
+from neco.utils.errors import NecoError
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 ARCH = {"embed_dim": D, "depth": DEPTH, "num_heads": HEADS}

@@ -8,10 +8,10 @@ import torch
 from test_model_backbone import OTHERS, images, small, values
 from torch import nn
 
-from neco.errors import NecoError
 from neco.model import lora
 from neco.model.backbone import Backbone
 from neco.model.weights import load, weights_hash
+from neco.utils.errors import NecoError
 
 SEPARATE = {"name": "eva02_base_patch14_224.mim_in22k", "size": 56}  # q, k and v are layers of their own
 NAMES = ["tiny", "dinov2r_vits14", "dinov3_vits16", *OTHERS, "separate"]

@@ -16,10 +16,10 @@ import torch
 from test_model_weights import Hub, backbone, same
 from torch.distributed.checkpoint import filesystem, metadata
 
-from neco.errors import NecoError
 from neco.model import sources
 from neco.model.backbone import DEEPEST, Backbone
 from neco.model.weights import load
+from neco.utils.errors import NecoError
 
 NODE = {"_target_": "neco.model.backbone.Backbone", "name": "vit_small_patch14_dinov2.lvd142m", "size": 518}
 WIDE = {"embed_dim": 2880, "depth": 1, "num_heads": 1, "patch_size": 14}  # 400 MB of weights

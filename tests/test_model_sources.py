@@ -21,10 +21,10 @@ import torch
 from test_model_weights import Hub, backbone, same
 from torch import nn
 
-from neco import download
-from neco.errors import NecoError
 from neco.model import load_backbone, sources, trained_model
 from neco.model.weights import load
+from neco.utils import download
+from neco.utils.errors import NecoError
 
 
 class Evil:

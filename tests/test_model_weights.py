@@ -14,11 +14,11 @@ import yaml
 from torch import Tensor, nn
 from weights_support import renamed, three
 
-from neco import config
-from neco.errors import NecoError
-from neco.model import layouts, sources
+from neco.config import discovery, validate
+from neco.model import sources, state_dict_formats
 from neco.model.backbone import Backbone
 from neco.model.weights import load, weights_hash
+from neco.utils.errors import NecoError
 
 D, HEADS, PATCH = 16, 2, 14
 ARCH = {"embed_dim": D, "depth": 2, "num_heads": HEADS}
@@ -455,16 +455,16 @@ def test_the_model_that_a_file_fits_is_named(saved: Any) -> None:
 
 
 def build_option(name: str) -> Backbone:
-    return config.build(yaml.safe_load(config.find("model", name).read_text()), "model")  # type: ignore[no-any-return]
+    return validate.build(yaml.safe_load(discovery.find("model", name).read_text()), "model")  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("option", config.options("model"))
+@pytest.mark.parametrize("option", discovery.options("model"))
 def test_what_is_told_from_the_name_of_a_network_is_so(option: str) -> None:
     with torch.device("meta"):
         net = build_option(option).net
     if net.reg_token is None and "_xr_" in option:
         return  # thrown away from a file that has them
-    assert layouts._traits_of(option) == layouts._traits(net.state_dict())
+    assert state_dict_formats._traits_of(option) == state_dict_formats._traits(net.state_dict())
 
 
 def test_adapters_of_peft_are_named(saved: Any) -> None:

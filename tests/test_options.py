@@ -10,10 +10,10 @@ import torch
 import yaml
 from conftest import CONF, losses
 
-from neco import config, schema
-from neco.config import locate
-from neco.errors import NecoError
+from neco.config import schema, validate
+from neco.config.validate import locate
 from neco.model.export import FILES
+from neco.utils.errors import NecoError
 
 
 def options(group: str) -> list[str]:
@@ -36,10 +36,10 @@ def test_groups_and_packages_are_the_same_tree():
 
 @pytest.mark.parametrize("name", options("task"))
 def test_task_has_its_keys_and_its_two_parts(name):
-    chosen, task = config.load(f"task={name}"), importlib.import_module(f"neco.task.{name}")
+    chosen, task = validate.load(f"task={name}"), importlib.import_module(f"neco.task.{name}")
     assert chosen.run.task == name and callable(task.prepare) and callable(task.main)
     node = yaml.safe_load((CONF / "task" / f"{name}.yaml").read_text()).get(name)
-    assert (node is None) == (name not in config.SPINE) and (
+    assert (node is None) == (name not in validate.SPINE) and (
         node is None or getattr(chosen.spine[name], "node", name) == name
     )
 
@@ -70,12 +70,12 @@ def test_relaxation_trains(train, name):
 
 def test_lambda_of_another_relaxation_is_refused():
     with pytest.raises(NecoError, match=r"loss: art_lambda=0\.5 belongs to relaxation=logistic_phi"):
-        config.load("loss.art_lambda=0.5")
+        validate.load("loss.art_lambda=0.5")
 
 
 @pytest.mark.parametrize("name", options("loss"))
 def test_loss_gives_gradient_to_the_student_alone(name):
-    wanted = config.load(f"loss={name}", "loss.grid=3")
+    wanted = validate.load(f"loss={name}", "loss.grid=3")
     loss, generator = wanted.build("loss"), torch.Generator().manual_seed(0)
     loss.attach(8)
     student, teacher, references = (
@@ -130,16 +130,16 @@ def test_data_sets_take_the_common_keys(name, group):
     needed = {"mix": [f"{group}.parts={{shapes:1}}"], "folder": [f"{group}.root=my/images"]}
     wanted = [f"{chosen}={name}", *needed.get(name, [])]
     keys = ("max_bad=0.05", "weight=0.5", "fraction=1/8", "subset_seed=3")
-    dataset = config.load(*wanted, *(f"{group}.{key}" for key in keys)).build(group)
+    dataset = validate.load(*wanted, *(f"{group}.{key}" for key in keys)).build(group)
     assert (dataset.max_bad, dataset.weight, dataset.fraction, dataset.subset_seed) == (0.05, 0.5, 1 / 8, 3)
     assert dataset.index.endswith("/index") and dataset.chooses
     with pytest.raises(NecoError, match=rf"{group}\.max_bda: no such key; did you mean 'max_bad'"):
-        config.load(*wanted, f"+{group}.max_bda=0.05")
+        validate.load(*wanted, f"+{group}.max_bda=0.05")
 
 
 @pytest.mark.parametrize("name", options("experiment"))
 def test_experiment_trains_with_the_tiny_backbone_in_its_place(train, name):
-    chosen = config.load(f"experiment={name}")
+    chosen = validate.load(f"experiment={name}")
     assert chosen.run.task == "train"
     if chosen.choices["dataset"] == "shapes":
         assert losses(train(f"experiment={name}", "train.steps=2"))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from neco import config
+from neco.config import discovery, validate
 from neco.loss.relaxation import cauchy
 from neco.training.optim import ema_momentum
 
@@ -51,13 +51,13 @@ EXPECTED = {
 
 
 def test_no_preset_is_missing_here() -> None:
-    assert {*config.options("experiment")} == PUBLISHED.keys() | {"demo"}
+    assert {*discovery.options("experiment")} == PUBLISHED.keys() | {"demo"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_is_what_was_published(name: str) -> None:
     network, registers, pixels, local, batch, epochs, rate, references = PUBLISHED[name]
-    settings = config.load(f"experiment={name}")
+    settings = validate.load(f"experiment={name}")
     model, train, optim = settings.config["model"], settings.spine["train"], settings.spine["optim"]
     backbone = settings.build("model")
     assert (model["name"], model.get("registers", "keep")) == (network, registers)
@@ -83,7 +83,7 @@ def test_a_preset_is_what_was_published(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_header_says_what_to_expect_and_how_to_run_it(name: str) -> None:
-    path = config.folder() / "experiment" / f"{name}.yaml"
+    path = discovery.folder() / "experiment" / f"{name}.yaml"
     head = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert (re.search(r"hours|arithmetic", head) and "A100" in head) or "arithmetic of neco_" in head
     assert f"experiment={name} " in head and "python -m neco task=train" in head

@@ -10,9 +10,10 @@ import time
 import pytest
 from conftest import ROOT, SMALL, losses
 
-from neco import devices, processes
-from neco.errors import NecoError
-from neco.processes import ALONE, Place, find_place
+from neco.distributed import collectives
+from neco.utils import processes
+from neco.utils.errors import NecoError
+from neco.utils.processes import ALONE, Place, find_place
 
 PARENT = 77
 STEP = {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}
@@ -102,7 +103,7 @@ def test_the_environment_is_that_of_torchrun_or_has_no_ranks(adopt):
     here = adopt(
         {"LOCAL_RANK": "", "SLURM_CPUS_PER_TASK": "", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     )
-    assert here == {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} and devices.leader()
+    assert here == {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} and collectives.leader()
     here = adopt(TASK)
     assert (here["RANK"], here["WORLD_SIZE"], here["LOCAL_RANK"], here["MASTER_ADDR"]) == ("1", "2", "1", "127.0.0.1")
     assert here["MASTER_PORT"] == adopt({**TASK, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})["MASTER_PORT"]

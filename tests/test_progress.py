@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, SMALL, losses
 from torch import Tensor
 
-from neco import progress
+from neco.utils import progress
 
 LINE = (
     r"step (\d)/4  epoch [\d.]+/1\.333  loss [\d.]+  kl [\d.]+  [\d.]+ images/s  data wait \d+%  "

@@ -12,9 +12,10 @@ from browser import driver, window
 from conftest import losses
 from PIL import Image
 
-from neco import report, results
-from neco.eval.pictures import Picture
+from neco import report
 from neco.report import charts, collect, gallery, html, pages, similarity, tables
+from neco.report.pictures import Picture
+from neco.runs import folder
 
 HOSTILE = '</script><img src=x onerror="alert(1)">|&_$%\\'
 
@@ -358,7 +359,7 @@ def test_secrets_of_a_command_are_kept_nowhere(tmp_path: Path, monkeypatch: pyte
     told = ["checkpoint=https://me:SECRET@host/a.pth", f"hydra.sweeper.storage={database}", "seed=1"]
     run = made(tmp_path / "run", {}, {"miou": 0.5})
     monkeypatch.setattr("sys.argv", ["neco", *told])
-    results.describe(run, {"checkpoint": told[0]}, told[:1], {}, "cpu")
+    folder.describe(run, {"checkpoint": told[0]}, told[:1], {}, "cpu")
     command = json.loads((run / "environment.json").read_text())["command"]
     assert command == "neco 'checkpoint=https://***@host/a.pth' 'hydra.sweeper.storage=***' seed=1"
     (page,) = report.write([collect.read(run)], tmp_path, {"html"})

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from neco import results
-from neco.errors import NecoError
 from neco.logger.base import About
 from neco.logger.csv import Csv
+from neco.runs import folder, results
+from neco.utils.errors import NecoError
 
 
 def record(step, network="teacher", value=0.5, evaluation="retrieval", asked="k=30"):
@@ -129,8 +129,8 @@ def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def checkout(folder: Path) -> str:
     """A checkout that has a file of our package; returns its revision."""
-    (folder / "neco").mkdir(parents=True)
-    (folder / "neco/results.py").touch()
+    (folder / "neco/runs").mkdir(parents=True)
+    (folder / "neco/runs/results.py").touch()
     as_us = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
         subprocess.run([*as_us, *command], check=True)
@@ -139,16 +139,19 @@ def checkout(folder: Path) -> str:
 
 def test_the_git_revision_of_anybodys_checkout_or_why_there_is_none(tmp_path, monkeypatch):
     revision = checkout(tmp_path / "ours")
-    assert results.git_state(tmp_path / "ours/neco") == {"git": revision}
+    assert folder.git_state(tmp_path / "ours/neco/runs") == {"git": revision}
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # a clone of another user
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as git sets it for its hooks
-    assert results.git_state(tmp_path / "ours/neco") == {"git": revision}
-    (tmp_path / "ours/neco/results.py").write_text("changed")
-    assert results.git_state(tmp_path / "ours/neco") == {"git": f"{revision}+changes"}
-    (tmp_path / "other/neco").mkdir(parents=True)
-    none = results.git_state(tmp_path / "other/neco")
+    assert folder.git_state(tmp_path / "ours/neco/runs") == {"git": revision}
+    (tmp_path / "ours/neco/runs/results.py").write_text("changed")
+    assert folder.git_state(tmp_path / "ours/neco/runs") == {"git": f"{revision}+changes"}
+    (tmp_path / "other/neco/runs").mkdir(parents=True)
+    none = folder.git_state(tmp_path / "other/neco/runs")
     assert none["git"] is None and "not a git repository" in str(none["git_problem"])
     subprocess.run(["git", "init", "-q", tmp_path / "other"], check=True, env={"PATH": os.environ["PATH"]})
-    assert results.git_state(tmp_path / "other/neco")["git_problem"] == "installed inside another checkout"
+    assert folder.git_state(tmp_path / "other/neco/runs")["git_problem"] == "installed inside another checkout"
     monkeypatch.setenv("PATH", "")
-    assert results.git_state(tmp_path / "ours/neco") == {"git": None, "git_problem": "git: No such file or directory"}
+    assert folder.git_state(tmp_path / "ours/neco/runs") == {
+        "git": None,
+        "git_problem": "git: No such file or directory",
+    }

@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_report import HOSTILE, made
 
-from neco import report, run_folder
-from neco.errors import NecoError
+from neco import report
+from neco.eval.runner import _incomplete
 from neco.report import collect
-from neco.results import Results
-from neco.task.measure import _incomplete
+from neco.runs import foreign
+from neco.runs.results import Results
+from neco.utils.errors import NecoError
 
 
 def picture(path: Path, side: int = 8) -> Path:
@@ -98,7 +99,7 @@ def test_pictures_are_pictures(run: Path, caplog) -> None:
     change_record(run, pictures=drawn("good.png"))
     (page,) = report.write([collect.read(run)], run.parent, {"html"})
     assert base64.b64encode(data).decode() in page.read_text()
-    picture(run / "large.png", run_folder.MAX_SIDE + 1)
+    picture(run / "large.png", foreign.MAX_SIDE + 1)
     for name in ("config.yaml", "large.png"):
         change_record(run, pictures=drawn(name))
         report.write([collect.read(run)], run.parent, {"html"})

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, losses
 
-from neco.sweep import status
+from neco.runs.status import status
 
 NODE = ROOT / "scripts/slurm_node.sh"
 missing = [command for command in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(command)]

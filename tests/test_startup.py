@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import SMALL
 
-from neco import startup
+from neco.utils import startup
 
 
 def test_stages_add_up_and_a_second_job_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:

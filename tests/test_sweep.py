@@ -19,10 +19,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from neco import config
-from neco.errors import NecoError
-from neco.launch import Job, Launcher, name
-from neco.sweep import status, summary
+from neco.config import discovery, validate
+from neco.runs.status import status
+from neco.sweep.jobs import Job
+from neco.sweep.launcher import Launcher, name
+from neco.sweep.summary import summary
+from neco.utils.errors import NecoError
 
 RECORD = {"network": "student", "evaluation": "retrieval", "protocol": "p", "weights": "w", "dataset": "d"}
 
@@ -136,7 +138,7 @@ def test_a_sweep_is_its_runs_and_a_table(inside, tmp_path):
 def test_a_job_is_called_what_it_changes(overrides, wanted):
     changing = {"model", "eval.overcluster.k", "+eval.linear.k"}
     assert name(overrides, changing) == wanted
-    assert config.load(f"checkpoint=runs/{wanted}").run.checkpoint == f"runs/{wanted}", "Hydra takes it unquoted"
+    assert validate.load(f"checkpoint=runs/{wanted}").run.checkpoint == f"runs/{wanted}", "Hydra takes it unquoted"
 
 
 def test_names_are_short_and_tell_all_jobs_apart():
@@ -402,9 +404,9 @@ SWEPT = {  # where the values are too large for here
 }
 
 
-@pytest.mark.parametrize("name", config.options("sweep"))
+@pytest.mark.parametrize("name", discovery.options("sweep"))
 def test_every_sweep_changes_one_thing_and_runs(name, inside, tmp_path):
-    node = yaml.safe_load((config.folder() / f"sweep/{name}.yaml").read_text())
+    node = yaml.safe_load((discovery.folder() / f"sweep/{name}.yaml").read_text())
     params = node["hydra"]["sweeper"]["params"]
     (key,) = (key for key in params if key not in ("seed", "model"))
     values = SWEPT.get(name, str(params[key]).strip("'"))
@@ -429,19 +431,19 @@ def test_every_sweep_changes_one_thing_and_runs(name, inside, tmp_path):
 
 
 def test_loss_sweep_has_every_loss():
-    params = yaml.safe_load((config.folder() / "sweep/loss.yaml").read_text())["hydra"]["sweeper"]["params"]
-    assert sorted(params["loss"].split(",")) == config.options("loss")
+    params = yaml.safe_load((discovery.folder() / "sweep/loss.yaml").read_text())["hydra"]["sweeper"]["params"]
+    assert sorted(params["loss"].split(",")) == discovery.options("loss")
 
 
 def test_keys_of_a_preset_for_another_loss_fall_away(caplog):
     with caplog.at_level("INFO", "neco"):
-        chosen = config.load("experiment=demo", "loss=cosine")
+        chosen = validate.load("experiment=demo", "loss=cosine")
     assert chosen.config["loss"] == {"_target_": "neco.loss.cosine.Cosine", "grid": 5, "mask": "all"}
     assert "experiment=demo without loss.steepness: loss=cosine has none" in caplog.text
-    assert config.load("experiment=demo", "loss=shuffled").config["loss"]["steepness"] == [100, 1000]
+    assert validate.load("experiment=demo", "loss=shuffled").config["loss"]["steepness"] == [100, 1000]
     for wrong in (["loss.steepness=5"], ["+loss.stepness=5"]):
         with pytest.raises(NecoError, match=wrong[0].strip("+").split("=")[0]):
-            config.load("experiment=demo", "loss=cosine", *wrong)
+            validate.load("experiment=demo", "loss=cosine", *wrong)
 
 
 @pytest.mark.slow

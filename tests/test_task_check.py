@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neco import config
+from neco.config import discovery
 from neco.dataset.folder import Folder
 from neco.dataset.inspect import inspect, places
-from neco.eval.pictures import colours, overlay
+from neco.report.pictures import colours, overlay
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_what_is_not_there_exits_with_2(inside):
 def test_all_data_sets_in_one_table(inside, streets, tmp_path):
     code, said = inside("task=check", "dataset=all")
     assert code == 0 and re.search(r"shapes +val +200 +200 +200", said)
-    for name in set(config.options("dataset")) - {"all", "folder", "mix", "shapes"}:
+    for name in set(discovery.options("dataset")) - {"all", "folder", "mix", "shapes"}:
         assert re.search(rf"^{name} +none *$", said, re.MULTILINE), name
     folder = tmp_path / "data/camvid/train"
     for name in ("images", "labels"):

@@ -12,10 +12,12 @@ import safetensors
 import torch
 from PIL import Image
 
-from neco import config, interrupt, load_backbone
-from neco.errors import NecoError
+from neco import load_backbone
+from neco.config import validate
+from neco.config.types import MEAN, STD
 from neco.task import embed
-from neco.values import MEAN, STD
+from neco.utils import signals
+from neco.utils.errors import NecoError
 
 DOCS = Path(__file__).parents[1] / "docs"
 COUNT = 12
@@ -39,7 +41,7 @@ def run(folder, tmp_path):
     """`run("key=value", ...)` runs task=embed on the images; returns index.csv and a reader of features."""
 
     def go(*overrides: str, out: str = "out"):
-        settings = config.load(
+        settings = validate.load(
             "task=embed", "dataset=folder", f"dataset.root={folder}", "embed.size=16", "extract.workers=0",
             "extract.batch_size=5", f"run_dir={tmp_path / out}", *overrides,
         )  # fmt: skip
@@ -175,8 +177,8 @@ def test_a_damaged_file_is_named(run, tmp_path):
 
 
 def test_an_interruption_ends_it(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(interrupt, "asked", 15)
-    with pytest.raises(interrupt.Interrupted):
+    monkeypatch.setattr(signals, "asked", 15)
+    with pytest.raises(signals.Interrupted):
         run()
     assert not list((tmp_path / "out").glob("*features*"))
 

@@ -10,11 +10,12 @@ import torch
 from conftest import losses
 from PIL import Image
 
-from neco import config, load_backbone
-from neco.errors import NecoError
+from neco import load_backbone
+from neco.config import validate
 from neco.eval.overcluster import Overcluster
 from neco.model.weights import weights_hash
-from neco.task.common import network_name
+from neco.runs.provenance import network_name
+from neco.utils.errors import NecoError
 
 FEW = ("task=eval", "dataset.train=12", "dataset.val=6", "extract.workers=0")
 LIGHT = {
@@ -31,7 +32,7 @@ def evaluate(tmp_path, cache):
         from neco.task import eval as task
 
         light = [f"eval=[{','.join(evals)}]", *(option for name in evals for option in LIGHT[name])]
-        wanted = config.load(*FEW, *light, f"cache_dir={cache}", f"run_dir={tmp_path / folder}", *overrides)
+        wanted = validate.load(*FEW, *light, f"cache_dir={cache}", f"run_dir={tmp_path / folder}", *overrides)
         task.main(wanted, task.prepare(wanted), tmp_path / folder)
         return json.loads((tmp_path / folder / "results.json").read_text())
 
@@ -120,7 +121,7 @@ def test_numbers_belong_to_what_files_hold_not_to_their_size_time_and_place(tmp_
 
     def records(root="a") -> list[dict]:
         place = [f"dataset.root={tmp_path}/{root}/i", f"dataset.masks={tmp_path}/{root}/m", "dataset.val_fraction=1"]
-        wanted = config.load(
+        wanted = validate.load(
             "task=eval", "extract.workers=0", "eval=overcluster", *LIGHT["overcluster"], "weights=none",
             "eval.overcluster.k=2", "dataset=folder", "dataset.classes=[a,b]", f"cache_dir={tmp_path}/cache", *place,
         )  # fmt: skip
@@ -174,7 +175,7 @@ def test_same_seed_same_numbers_from_the_cache_too(evaluate):
 def test_unlabelled_data_cannot_be_evaluated(tmp_path, cache):
     from neco.task import eval as task
 
-    wanted = config.load("task=eval", "weights=none", "dataset=coco", f"cache_dir={cache}")
+    wanted = validate.load("task=eval", "weights=none", "dataset=coco", f"cache_dir={cache}")
     with pytest.raises(NecoError, match="no labels"):
         task.prepare(wanted)
 
@@ -202,7 +203,7 @@ def test_multirun_sweeps_models_and_k(neco, tmp_path):
 def test_what_would_fail_later_fails_at_once(cache, options, words):
     from neco.task import train as task
 
-    wanted = config.load("dataset.train=12", "dataset.val=6", f"cache_dir={cache}", *options)
+    wanted = validate.load("dataset.train=12", "dataset.val=6", f"cache_dir={cache}", *options)
     with pytest.raises(NecoError, match=words):
         task.prepare(wanted)
 
@@ -226,7 +227,7 @@ def test_weights_that_do_not_fit_are_named_before_a_network_is_built(cache, tmp_
         ([f"compare={tmp_path / 'x.ckpt'}"], "^compare: .* does not fit vit_tiny_patch16_224"),
     ):
         with pytest.raises(NecoError, match=words):
-            task.prepare(config.load(*FEW, *chosen, *options))
+            task.prepare(validate.load(*FEW, *chosen, *options))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_weights_that_do_not_fit_are_named_before_a_network_is_built(cache, tmp_
     ],
 )
 def test_a_network_is_not_called_by_other_weights_of_timm(options, name):
-    wanted = config.load(*FEW, *options)
+    wanted = validate.load(*FEW, *options)
     assert network_name(wanted, wanted.config["model"]) == name
 
 

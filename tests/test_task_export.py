@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import neco
-from neco import config, load_backbone
-from neco.errors import NecoError
+from neco import load_backbone
+from neco.config import discovery, validate
+from neco.config.types import MEAN, STD
 from neco.model import export, weights
 from neco.model.backbone import Backbone, _resampled, interpolate_positions
 from neco.model.weights import weights_hash
-from neco.report import card
-from neco.results import Results
+from neco.report import model_card
+from neco.runs.results import Results
 from neco.task import train
-from neco.values import MEAN, STD
+from neco.utils.errors import NecoError
 
 ARCH = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 NODES = {
@@ -48,7 +49,7 @@ def node(kind: str, **values) -> dict:
 def backbone(kind: str, **values) -> Backbone:
     """Random, and every parameter big enough in value that none is hidden by another."""
     torch.manual_seed(0)
-    network = config.build(node(kind, **values), "model").eval().requires_grad_(False)
+    network = validate.build(node(kind, **values), "model").eval().requires_grad_(False)
     for parameter in network.parameters():
         parameter.normal_(std=0.3)
     return network
@@ -279,17 +280,22 @@ def test_the_card_of_a_published_network_names_its_option(tmp_path, monkeypatch)
         ours = backbone(kind)
         form = "dinov2" if kind == "dinov2" else "safetensors"
         path = tmp_path / kind / export.FILES[form]
-        monkeypatch.setattr(card, "_option", lambda node: "tiny")
+        monkeypatch.setattr(model_card, "_option", lambda node: "tiny")
         told = export.write(ours, node(kind), form, path)
         report = weights.Report("hub", "", "only", "")
-        path.with_name("README.md").write_text(card.card(ours, node(kind), form, path.name, report, told, [], None))
+        path.with_name("README.md").write_text(
+            model_card.card(ours, node(kind), form, path.name, report, told, [], None)
+        )
         monkeypatch.setattr(neco, "load_backbone", lambda file, model=None, ours=ours: ours)
         _, text, images, maps = run_card(path.parent, monkeypatch)
         assert len(maps) == pieces and ('model="tiny"' in text) == (kind == "dinov2")
         same(maps, ours(images))
     monkeypatch.undo()
-    assert card._option(yaml.safe_load(config.find("model", "dinov2r_xr_vits14").read_text())) == "dinov2r_xr_vits14"
-    assert card._option(node("dinov2")) is None
+    assert (
+        model_card._option(yaml.safe_load(discovery.find("model", "dinov2r_xr_vits14").read_text()))
+        == "dinov2r_xr_vits14"
+    )
+    assert model_card._option(node("dinov2")) is None
 
 
 def test_an_exported_file_says_what_it_is(trained, inside):
@@ -358,4 +364,4 @@ def test_load_backbone_imports_neither_hydra_nor_lightning(tmp_path):
         "assert maps.shape == (1, 3, 4, 24)\n"
         "assert not {'hydra', 'omegaconf', 'pytorch_lightning', 'lightning'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", lines], check=True, cwd=config.folder().parent)
+    subprocess.run([sys.executable, "-c", lines], check=True, cwd=discovery.folder().parent)

@@ -14,14 +14,15 @@ from conftest import FEW, losses
 from PIL import Image
 from test_task_train import Stopped, assert_same_run, state, stop_after  # noqa: F401
 
-from neco import config, load_backbone
-from neco.errors import NecoError
-from neco.eval.base import Result
-from neco.eval.sliding import SlidingWindows
+from neco import load_backbone
+from neco.config import validate
+from neco.config.schema import Finetune, Optim
+from neco.eval.common.sliding import SlidingWindows
+from neco.eval.evaluation import Result
 from neco.model import last_checkpoint
 from neco.model.weights import read, recognise, weights_hash
-from neco.schema import Finetune, Optim
 from neco.training.finetune import FineTuning
+from neco.utils.errors import NecoError
 
 FEWER = ["model.arch.depth=2"]
 LINEAR = ["finetune.decoder=linear"]
@@ -148,7 +149,7 @@ def test_best_and_last(finetune, monkeypatch, cache):
     kept = folder / "checkpoints"
     assert [r["step"] for r in records(folder)] == [3, 6, 9, 12], "an untrained decoder is of no interest"
     assert (step_of(kept / "best.ckpt"), step_of(kept / "last.ckpt")) == (6, 12)
-    wanted = config.load(*FEW, *options, f"run_dir={folder}", f"cache_dir={cache}")
+    wanted = validate.load(*FEW, *options, f"run_dir={folder}", f"cache_dir={cache}")
     assert task.main(wanted, task.prepare(wanted), folder) == ("segmentation/segmenter/miou", 0.4), (
         "a finished run says it again"
     )
@@ -194,7 +195,7 @@ def test_its_backbone_is_one_for_other_tasks(finetune, train, tmp_path):
     from neco.task import eval as task
 
     evals = ("eval=overcluster", "eval.overcluster.k=4", "eval.overcluster.restarts=1", "dataset.val=4")
-    wanted = config.load("task=eval", f"checkpoint={folder}", *evals, "extract.workers=0", "dataset.train=12")
+    wanted = validate.load("task=eval", f"checkpoint={folder}", *evals, "extract.workers=0", "dataset.train=12")
     task.main(wanted, task.prepare(wanted), tmp_path / "eval")
     (record,) = records(tmp_path / "eval")
     assert record["weights"] == weights_hash(backbone) and record["network"] == "backbone"
@@ -221,7 +222,7 @@ def test_it_learns_to_segment(finetune, decoder, miou):
 
 
 def test_no_labelled_pixel_is_no_loss():
-    options = config.load(*FEW)
+    options = validate.load(*FEW)
     module = FineTuning(
         options.build("model"), 8, options=options.spine["finetune"], optim=options.spine["optim"], steps=1, seed=0
     )
@@ -255,12 +256,12 @@ def test_broken_pairs_are_replaced_and_named(tmp_path, folder):
     from neco.task import finetune as task
 
     small = [option for option in FEW if not option.startswith("dataset.")]
-    wanted = config.load(*small, *FEWER, *folder, "dataset.max_bad=0.2", f"run_dir={tmp_path / 'run'}")
+    wanted = validate.load(*small, *FEWER, *folder, "dataset.max_bad=0.2", f"run_dir={tmp_path / 'run'}")
     task.main(wanted, task.prepare(wanted), tmp_path / "run")
     named = sorted(line.split("\t")[0] for line in (tmp_path / "run/bad_images.txt").read_text().splitlines())
     assert named == ["3", "5"]
     with pytest.raises(NecoError, match=r"1 of \d+ images looked at cannot be read.*max_bad"):
-        task.prepare(config.load(*small, *folder, "dataset.max_bad=0"))
+        task.prepare(validate.load(*small, *folder, "dataset.max_bad=0"))
 
 
 def test_a_signal_saves_and_says_how_to_go_on(inside, monkeypatch, tmp_path):
@@ -302,7 +303,7 @@ def test_what_makes_no_sense_is_refused_at_once(options, message):
     from neco.task import finetune as task
 
     with pytest.raises(NecoError, match=message):
-        task.prepare(config.load(*FEW, *options))
+        task.prepare(validate.load(*FEW, *options))
 
 
 def test_unlabelled_images_are_refused(folder):
@@ -310,9 +311,9 @@ def test_unlabelled_images_are_refused(folder):
 
     small = [option for option in FEW if not option.startswith("dataset.")]
     with pytest.raises(NecoError, match=r"dataset=folder has no labels: choose a labelled set"):
-        task.prepare(config.load(*small, *folder[:2]))
+        task.prepare(validate.load(*small, *folder[:2]))
     with pytest.raises(NecoError, match=r"dataset=folder has one class, sky"):
-        task.prepare(config.load(*small, *folder[:3], "dataset.classes=[sky]"))
+        task.prepare(validate.load(*small, *folder[:3], "dataset.classes=[sky]"))
 
 
 def test_the_crop_follows_patch_and_data(folder):
@@ -321,9 +322,9 @@ def test_the_crop_follows_patch_and_data(folder):
     small = [option for option in FEW if not option.startswith(("dataset.", "finetune.crop", "finetune.side"))]
     drawn = ["dataset.train=2", "dataset.val=2"]
     for model, data, crop in (("dinov2_vits14", folder, 518), ("dino_vits16", folder, 512), ("tiny", drawn, 128)):
-        job = task.prepare(config.load(*small, f"model={model}", *data, "dataset.max_bad=1"))
+        job = task.prepare(validate.load(*small, f"model={model}", *data, "dataset.max_bad=1"))
         assert (job.crops.crop, job.crops.side, job.windows.crop, job.windows.stride) == (crop,) * 4
-    job = task.prepare(config.load(*small, *folder, "finetune.side=image", "dataset.max_bad=1"))
+    job = task.prepare(validate.load(*small, *folder, "finetune.side=image", "dataset.max_bad=1"))
     assert job.crops.side is None and "/own_size>=512/" in job.windows.protocol
 
 

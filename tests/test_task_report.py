@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from neco.report import collect, published, tables
-from neco.results import comparison
+from neco.runs.results import comparison
 
 
 def made(run: Path, model: str, state: str, *records: dict) -> Path:

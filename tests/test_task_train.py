@@ -21,12 +21,15 @@ import yaml
 from conftest import ROOT, SMALL, losses
 from PIL import Image
 
-from neco import config, load_backbone, results
-from neco.errors import NecoError
+from neco import load_backbone
+from neco.config import validate
+from neco.distributed import device_memory
 from neco.loss.neco import NeCo
 from neco.model.weights import weights_hash
-from neco.training import loop, optim
+from neco.runs import results
+from neco.training import callbacks, optim
 from neco.training.module import PostTraining
+from neco.utils.errors import NecoError
 
 
 def state(folder: Path) -> dict:
@@ -65,14 +68,14 @@ def stop_after(monkeypatch):
     """Make training die right after a step, as a kill would."""
 
     def at(step: int) -> None:
-        real = loop.Loop.on_train_batch_end
+        real = callbacks.Loop.on_train_batch_end
 
         def die(self, trainer, *arguments):
             real(self, trainer, *arguments)
             if trainer.global_step == step:
                 raise Stopped
 
-        monkeypatch.setattr(loop.Loop, "on_train_batch_end", die)
+        monkeypatch.setattr(callbacks.Loop, "on_train_batch_end", die)
 
     yield at
     monkeypatch.undo()
@@ -662,7 +665,7 @@ def test_memory_estimate_is_within_a_quarter(tmp_path, cache, views):
 
 def numbers(monkeypatch, values):
     """Evaluations that return chosen numbers, one after another (both networks share each)."""
-    from neco.eval.base import Result
+    from neco.eval.evaluation import Result
     from neco.eval.overcluster import Overcluster
 
     queue = iter(values)
@@ -686,7 +689,7 @@ def test_without_hard_links_checkpoints_are_copied(train, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "lockf", refuse(errno.ENOSYS))
     options = [*WATCH, "train.save_epochs=1"]
     numbers(monkeypatch, [0.1, 0.0, 0.3, 0.0, 0.2, 0.0])  # at steps 0 (both), 3 and 6
-    monkeypatch.setattr(loop.Loop, "on_train_batch_end", refuse(errno.EIO))
+    monkeypatch.setattr(callbacks.Loop, "on_train_batch_end", refuse(errno.EIO))
     with pytest.raises(OSError):  # it ends after the evaluation of the start
         train(*options, "train.steps=6")
     monkeypatch.undo()
@@ -765,7 +768,7 @@ def test_a_fused_optimiser_gets_clipped_gradients(train, monkeypatch, precision)
 def test_largest_batch_that_fits(train, monkeypatch, caplog):
     from neco.training import memory
 
-    free = memory.current(torch.device("cpu"))
+    free = device_memory.current(torch.device("cpu"))
     monkeypatch.setattr(memory, "current", lambda device: free)
     monkeypatch.setattr(memory, "total", lambda device: (free + 40_000_000) / memory.ROOM)
     options = ["train.batch_size=auto", "train.steps=2", "loss.references=batch_other", "train.accumulate=2"]
@@ -789,7 +792,7 @@ def fitted() -> PostTraining:
     """The training module of SMALL, on the meta device."""
     from neco.task.train import _module
 
-    settings = config.load(*SMALL, "loss.references=batch_other", "train.accumulate=2")
+    settings = validate.load(*SMALL, "loss.references=batch_other", "train.accumulate=2")
     views = settings.build("augment").resolve(8, 64)
     with torch.device("meta"):
         return _module(settings, settings.build("model"), settings.spine["train"], views, 1)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from neco.errors import NecoError
-from neco.task import used_data
+from neco.runs import used_data
+from neco.utils.errors import NecoError
 
 
 @pytest.mark.parametrize("text", ["", "5", "null", "[[1, 2]]", '{"a": 1}', '{"a": [1, 2, 3]}', "[" * 100_000])

@@ -15,12 +15,13 @@ from PIL import Image
 from test_task_train import Stopped, assert_same_run, stop_after  # noqa: F401
 
 from neco.augment.views import Views
+from neco.dataset import inspect
 from neco.dataset.base import Sample
 from neco.dataset.files import Tree
-from neco.errors import NecoError
-from neco.training import bad
+from neco.training import unreadable
 from neco.training.data import MultiView, Positions, loader
 from neco.training.module import PostTraining
+from neco.utils.errors import NecoError
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def of(folder: Path) -> list[str]:
 
 
 def listed(run: Path) -> list[list[str]]:
-    return [line.split("\t") for line in (run / bad.FILE).read_text().splitlines()]
+    return [line.split("\t") for line in (run / unreadable.FILE).read_text().splitlines()]
 
 
 def test_a_bad_image_is_replaced_named_and_changes_nothing_else(train, photos, monkeypatch, stop_after, caplog):  # noqa: F811
@@ -65,7 +66,7 @@ def test_a_bad_image_is_replaced_named_and_changes_nothing_else(train, photos, m
 
 
 def test_more_than_a_few_stop_the_run_within_its_first_epoch(inside, photos, tmp_path):
-    looked_at = set(np.linspace(0, 199, bad.LOOKS).round())
+    looked_at = set(np.linspace(0, 199, unreadable.LOOKS).round())
     broken = [i for i in range(100, 200) if i not in looked_at][:3]
     options = [o for o in SMALL if not o.startswith(("dataset.", "train.steps"))] + ["train.batch_size=20"]
     code, said = inside(*options, *of(photos(200, broken)), "train.epochs=1", "run_dir=run", "train.workers=2")
@@ -96,17 +97,17 @@ def test_a_broken_part_of_a_mixture_is_not_hidden_by_the_others(inside, photos):
 
 def test_a_look_takes_few_images_and_little_time(photos, monkeypatch):
     samples = [Sample(key, path) for key, path in Tree(photos(100, [0, 50, 99])).images().items()]
-    bad.look(samples, {"": (3, 100)})
+    unreadable.look(samples, {"": (3, 100)})
     with pytest.raises(NecoError, match=r"2 of \d+ images looked at .* 1 of 100000.*0(00|50|99).png"):
-        bad.look(samples, {"": (1, 100_000)})  # as if drawn from so many
+        unreadable.look(samples, {"": (1, 100_000)})  # as if drawn from so many
     read: list[str] = []
-    real = bad.reason
-    monkeypatch.setattr(bad, "reason", lambda sample, *_: (read.append(sample.key), real(sample))[1])
-    bad.look(samples, {"": (100, 100)})
-    assert len(read) == len(set(read)) == bad.LOOKS and {"000.png", "099.png"} <= set(read)
-    monkeypatch.setattr(bad, "SECONDS", 0.0)
+    real = inspect.reason
+    monkeypatch.setattr(unreadable, "reason", lambda sample, *_: (read.append(sample.key), real(sample))[1])
+    unreadable.look(samples, {"": (100, 100)})
+    assert len(read) == len(set(read)) == unreadable.LOOKS and {"000.png", "099.png"} <= set(read)
+    monkeypatch.setattr(unreadable, "SECONDS", 0.0)
     read.clear()
-    bad.look(samples, {"": (100, 100)})
+    unreadable.look(samples, {"": (100, 100)})
     assert len(read) == 1
 
 
@@ -115,7 +116,7 @@ def test_the_chance_of_a_look_is_hypergeometric(images, data):
     allowed, looked = data.draw(st.integers(0, images)), data.draw(st.integers(1, images))
     found = data.draw(st.integers(0, looked))
     wanted = scipy.stats.hypergeom(images, allowed, looked).sf(found - 1)
-    assert bad.chance(found, looked, allowed, images) == pytest.approx(wanted, abs=1e-12)
+    assert unreadable.chance(found, looked, allowed, images) == pytest.approx(wanted, abs=1e-12)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -143,31 +144,31 @@ def test_a_disk_that_is_away_costs_no_step(train, photos, monkeypatch, caplog, t
     monkeypatch.undo()
     (tmp_path / "away").rename(folder)
     assert_same_run(whole, train(*options, folder="other"))
-    assert not (tmp_path / "other" / bad.FILE).exists()
+    assert not (tmp_path / "other" / unreadable.FILE).exists()
 
 
 def test_what_can_be_read_again_is_struck_off(photos, tmp_path):
     folder = photos(12, [3, 4])
     samples = [Sample(key, path) for key, path in Tree(folder).images().items()]
     limits = {"": (2, 12)}
-    first = bad.BadImages(tmp_path, samples, limits)
+    first = unreadable.BadImages(tmp_path, samples, limits)
     for _ in range(2):
         first.note([(3, "cannot\ndecode"), (4, "a\ttab"), (3, "cannot decode")])
     assert [line[0::2] for line in listed(tmp_path)] == [["003.png", "cannot decode"], ["004.png", "a tab"]]
     (folder / "000.png").replace(folder / "003.png")
-    again = bad.BadImages(tmp_path, samples, limits)
+    again = unreadable.BadImages(tmp_path, samples, limits)
     assert [line[0] for line in listed(tmp_path)] == ["004.png"] and again.known == {"004.png"}
     with pytest.raises(NecoError, match=r"3 images cannot be read; dataset.parts.a.parts.b.max_bad puts up with 2"):
-        bad.BadImages(tmp_path, [Sample("a/b/" + s.key, s.image) for s in samples], {"a/b/": (2, 12)}).note(
+        unreadable.BadImages(tmp_path, [Sample("a/b/" + s.key, s.image) for s in samples], {"a/b/": (2, 12)}).note(
             [(i, "x") for i in (1, 2, 3)]
         )
 
 
 def test_file_names_of_any_bytes_are_listed(photos, tmp_path):
     sample = Sample("caf\udce9.jpg", "caf\udce9.jpg")
-    bad.BadImages(tmp_path, [sample], {"": (1, 1)}).note([(0, "why")])
-    assert (tmp_path / bad.FILE).read_bytes() == b"caf\xe9.jpg\tcaf\xe9.jpg\twhy\n"
-    assert bad.BadImages(tmp_path, [sample], {"": (1, 1)}).known == {sample.key}
+    unreadable.BadImages(tmp_path, [sample], {"": (1, 1)}).note([(0, "why")])
+    assert (tmp_path / unreadable.FILE).read_bytes() == b"caf\xe9.jpg\tcaf\xe9.jpg\twhy\n"
+    assert unreadable.BadImages(tmp_path, [sample], {"": (1, 1)}).known == {sample.key}
 
 
 def test_substitutes_are_a_function_of_seed_epoch_and_index(photos):

@@ -6,10 +6,10 @@ from conftest import SMALL
 from test_task_train import assert_same_run
 from torch._dynamo.utils import counters
 
-from neco import config
-from neco.errors import NecoError
+from neco.config import validate
 from neco.training import compiled
-from neco.training.loop import Loop
+from neco.training.callbacks import Loop
+from neco.utils.errors import NecoError
 
 EVALUATED = ["eval=[retrieval]", "eval.retrieval.k=3", "extract.workers=0", "extract.cache_dir=null"]
 VARIANTS = {
@@ -57,7 +57,7 @@ def test_compiled_is_the_same_run(train, without_compiler, monkeypatch, variant)
 )
 def test_what_cannot_be_compiled_is_refused(monkeypatch, caplog, options, place, message):
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
-    chosen = {how: config.load(*SMALL, *options, f"train.compile={how}").spine["train"] for how in ("true", "auto")}
+    chosen = {how: validate.load(*SMALL, *options, f"train.compile={how}").spine["train"] for how in ("true", "auto")}
     with pytest.raises(NecoError, match=rf"^train\.compile=true: .*{message}.*auto or false"):
         compiled.wanted(chosen["true"], torch.device(place))
     with caplog.at_level("INFO", "neco"):
@@ -68,7 +68,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch, caplog, options, place,
 def test_compiling_is_the_default_on_a_gpu_alone(monkeypatch):
     monkeypatch.setattr(compiled, "_missing", lambda *_: "")
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    chosen = [config.load(*SMALL, f"train.compile={how}").spine["train"] for how in ("auto", "true", "false")]
+    chosen = [validate.load(*SMALL, f"train.compile={how}").spine["train"] for how in ("auto", "true", "false")]
     assert [[compiled.wanted(options, place) for place in (cpu, gpu)] for options in chosen] == [
         [False, True], [True, True], [False, False],
     ]  # fmt: skip

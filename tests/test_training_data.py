@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from neco.augment.views import Views, batch_scale
+from neco.config.schema import Train
 from neco.dataset.base import Sample
-from neco.schema import Train
+from neco.training.callbacks import Plan
 from neco.training.data import MultiView, Positions, loader
-from neco.training.loop import Plan
 
 OPTIONS = {**yaml.safe_load((CONF / "task" / "train.yaml").read_text())["train"], "epochs": 3, "batch_size": 4}
 

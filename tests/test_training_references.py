@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neco.errors import NecoError
 from neco.training.references import DEAL, PUSH, Queue, check_queue, deal, draws, from_batch, permutations
+from neco.utils.errors import NecoError
 
 P, G, B, N, D = 4, 2, 3, 4, 5
 

@@ -7,10 +7,10 @@ import torch
 from conftest import SMALL
 from test_model_backbone import OTHERS, images, values
 
-from neco import config
-from neco.errors import NecoError
+from neco.config import validate
 from neco.model.backbone import Backbone
 from neco.training import memory, trainable
+from neco.utils.errors import NecoError
 
 DEPTH = 4
 ARCH = {"embed_dim": 32, "depth": DEPTH, "num_heads": 2}
@@ -23,7 +23,7 @@ def network(name: str = "tiny", depth: int = DEPTH, drop_path: float = 0.0) -> B
 
 def restricted(*overrides: str, name: str = "tiny", depth: int = DEPTH) -> Backbone:
     backbone = network(name, depth)
-    trainable.restrict(backbone, config.load(*SMALL, *overrides).spine["train"])
+    trainable.restrict(backbone, validate.load(*SMALL, *overrides).spine["train"])
     return backbone
 
 

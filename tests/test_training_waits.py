@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neco import config
 from neco.augment import batched, colour
 from neco.augment.views import view_rng
-from neco.eval import extract
+from neco.config import validate
+from neco.features import extractor
 from neco.training.module import PostTraining, follow
 
 GPU = torch.device("cuda:0")
@@ -75,7 +75,7 @@ class Waits(TorchDispatchMode):
 
 def build(options: list[str]) -> tuple[PostTraining, dict[str, Any]]:
     """A module and a batch of four images, whose pixels are zero."""
-    settings = config.load(*SMALL, "augment.colour=device", *options)
+    settings = validate.load(*SMALL, "augment.colour=device", *options)
     torch.manual_seed(0)
     backbone = settings.build("model", drop_path=0.1)
     views = settings.build("augment").resolve(backbone.patch, backbone.size)
@@ -121,7 +121,7 @@ def imagined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
     colour._statistics.cache_clear()
-    extract._on.cache_clear()
+    extractor._on.cache_clear()
 
 
 @needs_imagination
@@ -161,14 +161,14 @@ def test_no_value_is_asked_for_in_a_step_with_its_backward_pass(options: str) ->
 def test_a_batch_is_begun_while_another_is_computed(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    backbone = config.load("task=embed", f"model={model}", "++model.arch.depth=1").build("model").eval()
+    backbone = validate.load("task=embed", f"model={model}", "++model.arch.depth=1").build("model").eval()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock())
     request.getfixturevalue("imagined")
     place(backbone)
-    reader = extract.Extract(workers=0)
+    reader = extractor.Extract(workers=0)
     for _ in range(2):
         with Waits() as waits:
-            result = reader._begin(backbone, torch.zeros(2, 3, 64, 64, dtype=torch.uint8), extract.STD)
+            result = reader._begin(backbone, torch.zeros(2, 3, 64, 64, dtype=torch.uint8), extractor.STD)
     assert waits.found == []
     (features,) = (x for x in inspect.getclosurevars(result).nonlocals.values() if isinstance(x, Tensor) and x.ndim > 1)
     assert features.device == GPU and features.is_contiguous(), "else the copy makes another on the GPU"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from neco import config
-from neco.cluster import Slurm
-from neco.errors import NecoError
-from neco.user_options import check_override, is_option_file, machine_files
+from neco.config import validate
+from neco.config.user_options import check_override, is_option_file, machine_files
+from neco.sweep.backends import Slurm
+from neco.utils.errors import NecoError
 
 HEAD = "# @package _global_\n"
 
@@ -267,11 +267,13 @@ def test_settings_of_slurm_are_no_shell_lines(key):
     keys = {"partition", "account", "constraint", "qos", "extra", "mem_gb"}
     numbers = dict.fromkeys(("parallel", "time", "signal_seconds", "requeues", "gpus", "cpus"), 1)
     good = {**dict.fromkeys(keys), **numbers, "detach": False, "setup": ["module load x"]}
-    config.check(Slurm, {**good, "partition": "gpu,long", "extra": {"exclude": "node7", "exclusive": True}}, "launcher")
+    validate.check(
+        Slurm, {**good, "partition": "gpu,long", "extra": {"exclude": "node7", "exclusive": True}}, "launcher"
+    )
     line = "gpu\ntouch canary #"
     bad = {"extra": {"exclude": line}, "extra key": {line: "x"}}.get(key, line)
     with pytest.raises(NecoError, match=rf"launcher\.{key.split()[0]}=.*one_line"):
-        config.check(Slurm, {**good, key.split()[0]: bad}, "launcher")
+        validate.check(Slurm, {**good, key.split()[0]: bad}, "launcher")
 
 
 WRONG = ("5", "null", "[a]", "{a: 1}", "''", "loss", "true", "os.system", "neco.loss", "neco.loss.neco.NeCo.forward")
@@ -307,4 +309,4 @@ def test_files_that_are_no_options_do_no_harm(inside, tmp_path):
     code, said = inside("loss._target_=os.system", "dataset.train=4", "dataset.val=2")
     assert code == 2 and "loss._target_='os.system': no option" in said, said
     with pytest.raises(NecoError, match=r"mine\.yaml: is not UTF-8"):
-        config.option("model", "mine", {})
+        validate.option("model", "mine", {})

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT
 from torch.utils.data import DataLoader
 
-from neco import workers
-from neco.errors import NecoError
+from neco.distributed import workers
+from neco.utils.errors import NecoError
 
 READ = """
 import torch

@@ -6,8 +6,8 @@ import time
 import pytest
 import yaml
 
-from neco.errors import NecoError
-from neco.yaml_file import load_yaml
+from neco.utils.errors import NecoError
+from neco.utils.yaml_file import load_yaml
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{b}: &{b} [{','.join(f'*{a}' for _ in range(9))}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neco.values import MEAN, STD
+from neco.config.types import MEAN, STD
 
 # Parts of (3, 4) colour matrices, whose last column is added: the pixel itself, its grey level (ITU-R 601), a constant
 PIXEL, CONSTANT = np.eye(3, 4), np.eye(1, 4, 3)

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from neco.augment import colour
-from neco.values import sides
+from neco.config.types import sides
 
 
 def resized_crop(image: np.ndarray, crop: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:

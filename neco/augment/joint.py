@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from neco.augment import colour
-from neco.values import MEAN
+from neco.config.types import MEAN
 
 FILL = tuple(round(255 * value) for value in MEAN)  # pixels beyond the image: zero once normalised
 

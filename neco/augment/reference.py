@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as F
 
-from neco.values import sides
+from neco.config.types import sides
 
 
 def view(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from neco.augment import crop as fast
 from neco.augment import reference
-from neco.errors import NecoError
-from neco.values import Factor, Few, Fraction, NoneOrFew, NonNegativeFloat, PositiveFloat, Size, sides
+from neco.config.types import Factor, Few, Fraction, NoneOrFew, NonNegativeFloat, PositiveFloat, Size, sides
+from neco.utils.errors import NecoError
 
 Crop = tuple[int, int, int, int]
 DRAWS = 200  # crops tried for a view before it falls back to the centred one

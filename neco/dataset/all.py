@@ -3,7 +3,7 @@
 from typing import Any
 
 from neco.dataset.base import Dataset, Sample
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 
 class All(Dataset):

@@ -20,17 +20,17 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from neco import files
 from neco.dataset import file_state
 from neco.dataset.file_state import State, state_of
-from neco.errors import NecoError
-from neco.progress import track
+from neco.utils import atomic_files
+from neco.utils.errors import NecoError
+from neco.utils.progress import track
 
 log = logging.getLogger(__name__)
 ARCHIVES = (".tar", ".zip")
 # How a member is stored: zip's own numbers, of which two are read, and what else there is
 STORED, DEFLATED, TAR, ENCRYPTED, SPARSE, DANGLING = 0, 8, -1, -2, -3, -4
-RUN = frozenset(("config.yaml", "environment.json"))  # what every run writes into its folder, see neco.results
+RUN = frozenset(("config.yaml", "environment.json"))  # what every run writes into its folder, see neco.runs.results
 LEFT_OUT = ".left out"  # stands for all that is in a folder that neco wrote; no name of a file that is listed: hidden
 REFUSED = {
     ENCRYPTED: "it is encrypted: unpack the archive with its password",
@@ -432,9 +432,9 @@ class Store:
         with contextlib.ExitStack() as stack:
             if self.path:
                 with contextlib.suppress(OSError):
-                    files.make_cache_folder(self.path.parent)
-                    file = stack.enter_context(files.open_for_appending(self.path.with_suffix(".lock")))
-                    files.lock(file, wait=True, shared_with_children=True)
+                    atomic_files.make_cache_folder(self.path.parent)
+                    file = stack.enter_context(atomic_files.open_for_appending(self.path.with_suffix(".lock")))
+                    atomic_files.lock(file, wait=True, shared_with_children=True)
             yield
 
     def load(self, key: str) -> dict[str, Any] | None:
@@ -468,10 +468,10 @@ class Store:
         if not self.path:
             return
         folder = self.path.parent
-        files.make_cache_folder(folder)
+        atomic_files.make_cache_folder(folder)
         if size > shutil.disk_usage(folder).free:
             raise OSError(f"there is not so much room in {folder}")
-        with files.whole(self.path) as file:
+        with atomic_files.whole(self.path) as file:
             write(file)
 
 

@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import Gt, Le
 
+from neco.config.types import Fraction, NonNegative, Share, share
 from neco.dataset import decode
 from neco.dataset.decode import ValueRange
 from neco.dataset.files import SUFFIXES, Ref, Tree, read_text
 from neco.dataset.masks import Numbering, StoredMask, read_mask
-from neco.errors import NecoError
-from neco.values import Fraction, NonNegative, Share, share
+from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from neco.dataset.base import (
 )
 from neco.dataset.files import Ref, Tree, read_bytes
 from neco.dataset.masks import read_mask
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
 

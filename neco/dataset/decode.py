@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from neco.dataset.files import Ref, read_bytes
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 # Stored values that become black and white; `auto`: the lowest and the highest of each image
 ValueRange = tuple[float, float] | Literal["auto"]

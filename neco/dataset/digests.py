@@ -18,12 +18,12 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import cast
 
-from neco import files
 from neco.dataset import archive, file_state
 from neco.dataset.archive import Member
 from neco.dataset.file_state import State, state_of
-from neco.errors import NecoError
-from neco.progress import track
+from neco.utils import atomic_files
+from neco.utils.errors import NecoError
+from neco.utils.progress import track
 
 log = logging.getLogger(__name__)
 Ref = str | Member  # path of a file, or where in an archive it is
@@ -167,7 +167,7 @@ class DigestStore:
             return
         with contextlib.suppress(OSError):  # a folder that cannot be written remembers nothing
             if self.output is None:
-                files.make_cache_folder(self.path.parent)
+                atomic_files.make_cache_folder(self.path.parent)
                 self.output = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             os.write(self.output, record)
 
@@ -193,7 +193,7 @@ class DigestStore:
         with contextlib.suppress(OSError):
             _take(self.path.read_bytes(), whole)
             newer = [*whole.items()][-RECORDS // 2 :]
-            with files.whole(self.path) as file:
+            with atomic_files.whole(self.path) as file:
                 file.write(b"".join(RECORD.pack(*pair, zlib.crc32(b"".join(pair))) for pair in newer))
             if self.output is not None:
                 os.close(self.output)

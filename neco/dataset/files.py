@@ -20,8 +20,8 @@ from neco.dataset import archive, digests, file_state
 from neco.dataset.archive import LEFT_OUT, Content, Member, Store, is_archive
 from neco.dataset.digests import Ref
 from neco.dataset.file_state import State, state_of
-from neco.errors import NecoError
-from neco.files import CACHE_TAG, is_cache_tag
+from neco.utils.atomic_files import CACHE_TAG, is_cache_tag
+from neco.utils.errors import NecoError
 
 
 def _pil_reads_avif() -> bool:

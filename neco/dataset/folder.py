@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from neco.config.types import Fraction
 from neco.dataset.base import Sample, choose_named, match_names, pair_samples, require_split, without_suffix
 from neco.dataset.files import SUFFIXES, Ref, Tree
-from neco.dataset.own import OwnMasks
-from neco.errors import NecoError
-from neco.values import Fraction
+from neco.dataset.own_masks import OwnMasks
+from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
 LIKE_SPLITS = re.compile(r"(?i)(train(ing)?|val(id(ation)?)?|test(ing)?)\d*")

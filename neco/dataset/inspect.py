@@ -10,8 +10,8 @@ import numpy as np
 from neco.dataset.base import IGNORE, Dataset, Sample, read_image, read_label, same_frame
 from neco.dataset.decode import describe_values
 from neco.dataset.masks import kind_of
-from neco.dataset.own import OwnMasks
-from neco.errors import NecoError
+from neco.dataset.own_masks import OwnMasks
+from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
 # Of 255. Pixels of 16 bits that use the lowest 12 become 0..15, of the lowest 14 0..63
@@ -169,3 +169,14 @@ def read_pair(dataset: Dataset, sample: Sample) -> tuple[np.ndarray, np.ndarray 
     label = read_label(dataset, sample)
     same_frame(sample, image.shape[1::-1], label.shape[::-1])
     return image, label
+
+
+def reason(sample: Sample, labelled: Dataset | None = None, flat: FlatImages | None = None) -> str | None:
+    """Why an image (of a labelled set: or its mask) cannot be read; None where it can, and `flat` looks at it."""
+    try:
+        image = read_pair(labelled, sample)[0] if labelled else read_image(sample)
+    except NecoError as error:
+        return str(error)
+    if flat:
+        flat.note(sample, image)
+    return None

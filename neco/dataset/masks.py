@@ -13,7 +13,7 @@ from PIL import Image
 from neco.dataset import decode
 from neco.dataset.decode import opened
 from neco.dataset.files import Ref
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 # What a palette mask says: the place in the palette, or the grey value there. auto: see `Numbering`
 PaletteRule = Literal["auto", "index", "grey"]

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
+from neco.config.types import Components
 from neco.dataset.base import Dataset, Sample
-from neco.errors import NecoError
-from neco.values import Components
+from neco.utils.errors import NecoError
 
 
 class Mix(Dataset):

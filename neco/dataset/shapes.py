@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from neco import files
+from neco.config.types import Million, NonNegative
 from neco.dataset.base import Dataset, Sample, pair_samples, require_split
 from neco.dataset.files import Tree
-from neco.errors import NecoError
-from neco.progress import track
-from neco.values import Million, NonNegative
+from neco.utils import atomic_files
+from neco.utils.errors import NecoError
+from neco.utils.progress import track
 
 SIZE = 128  # pixels
 TAU = np.float32(2 * np.pi)
@@ -53,7 +53,7 @@ class Shapes(Dataset):
         require_split(split, tuple(self.counts), "shapes")
         content = f"{Path(__file__).read_text()} {self.counts} {self.seed}"
         folder = self.root / hashlib.sha256(content.encode()).hexdigest()[:12]
-        files.tidy(self.root)  # whoever died once the images had their name left an empty folder
+        atomic_files.tidy(self.root)  # whoever died once the images had their name left an empty folder
         if not folder.is_dir():
             self._check_root()
             try:
@@ -67,7 +67,7 @@ class Shapes(Dataset):
         """Raises NecoError where something else lies in `root`, which was meant for another data set."""
         there = sorted(path.name for path in self.root.iterdir()) if self.root.is_dir() else []
         if others := [
-            name for name in there if not re.fullmatch(r"[0-9a-f]{12}|\..*", name) and name != files.CACHE_TAG
+            name for name in there if not re.fullmatch(r"[0-9a-f]{12}|\..*", name) and name != atomic_files.CACHE_TAG
         ]:
             raise NecoError(
                 f"dataset.root={self.root} holds {', '.join(others[:3])}{' ...' if others[3:] else ''}: dataset=shapes "
@@ -77,9 +77,9 @@ class Shapes(Dataset):
     def _write(self, folder: Path) -> None:
         """Draw into a temporary folder, then rename it: the first process wins, nobody ever sees half a data set."""
         self.root.mkdir(parents=True, exist_ok=True)
-        with files.scratch(self.root) as temporary:
+        with atomic_files.scratch(self.root) as temporary:
             work = temporary / "shapes"
-            files.make_cache_folder(work)
+            atomic_files.make_cache_folder(work)
             for split, count in self.counts.items():
                 for kind in ("images", "masks"):
                     (work / split / kind).mkdir(parents=True)
@@ -89,9 +89,9 @@ class Shapes(Dataset):
                     Image.fromarray(image).save(work / split / "images" / f"{i:05d}.jpg", quality=95, subsampling=0)
                     Image.fromarray(mask).save(work / split / "masks" / f"{i:05d}.png")
             with ThreadPoolExecutor(16) as pool:  # one by one is 20 times slower
-                list(pool.map(files.sync, work.rglob("*")))
+                list(pool.map(atomic_files.sync, work.rglob("*")))
             try:
-                files.rename(work, folder)
+                atomic_files.rename(work, folder)
             except OSError:
                 if not folder.is_dir():  # else another process was first, with the same images
                     raise

@@ -5,19 +5,11 @@ import re
 from collections.abc import Collection
 from typing import Any, Literal
 
-from neco.dataset.base import (
-    Sample,
-    choose_layout,
-    match_names,
-    read_names,
-    readings,
-    require_split,
-    without_suffix,
-)
+from neco.dataset.base import Sample, choose_layout, match_names, read_names, readings, require_split, without_suffix
 from neco.dataset.files import Ref, Tree
 from neco.dataset.masks import PaletteRule
-from neco.dataset.own import OwnMasks
-from neco.errors import NecoError
+from neco.dataset.own_masks import OwnMasks
+from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neco import devices
+from neco.config.types import PositiveFraction, Size
 from neco.dataset.base import IGNORE, Dataset, Sample
-from neco.errors import NecoError
-from neco.eval.base import PatchFeatures, Result, background_of, input_size, labelled, size_name
-from neco.eval.extract import Extract
-from neco.eval.pictures import glow_over, shown
+from neco.distributed import collectives
+from neco.eval.evaluation import Result, background_of, input_size, labelled, size_name
+from neco.features.extractor import Extract, PatchFeatures
 from neco.model.backbone import Attention as CLSAttention
 from neco.model.mask import foreground, heaviest
-from neco.values import PositiveFraction, Size
+from neco.report.pictures import glow_over, shown
+from neco.utils.errors import NecoError
 
 SIZE = 448
 
@@ -82,14 +82,14 @@ class Attention:
         size, background, samples = self.plan(backbone.patch, dataset)
         attend, extract = CLSAttention(backbone), extract or Extract()
         parts = []
-        for _, attention, masks in extract.stream(attend, dataset, devices.share(samples), size, what="val"):
+        for _, attention, masks in extract.stream(attend, dataset, collectives.share(samples), size, what="val"):
             heads = attention.permute(0, 3, 1, 2)
             maps = [heads, *heads.split(1, dim=1)]  # of all heads, and of each
             found = [overlap(self._choose(each), masks, background) for each in maps]
             objects = ((masks != IGNORE) & (masks != background)).flatten(1).any(1)
             parts.append(torch.stack([torch.stack(pair) for pair in found], dim=2)[:, objects])
         counts = torch.cat(parts, 1) if parts else torch.zeros(2, 0, attend.dim + 1, dtype=torch.float64)
-        inside, union = devices.gather_uneven(counts.transpose(0, 1)).unbind(1)  # (N, 1 + heads) each
+        inside, union = collectives.gather_uneven(counts.transpose(0, 1)).unbind(1)  # (N, 1 + heads) each
         if not len(union):
             raise NecoError(f"none of {len(samples)} images shows anything but background: there is nothing to find")
         drawn = []

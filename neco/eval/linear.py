@@ -14,28 +14,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from neco import devices, run_folder
+from neco.config.types import NonNegative, Positive, PositiveFloat, Size
 from neco.dataset.base import Dataset, Sample
-from neco.errors import NecoError
-from neco.eval import metrics
-from neco.eval.base import (
-    PatchFeatures,
-    Result,
-    Trained,
-    check_protocol,
-    generator,
-    input_size,
-    labelled,
-    part_of_train,
-    size_name,
-)
-from neco.eval.extract import Extract
-from neco.eval.heads import GRID, Batches, Head, Kind, cross_entropy, load_head, new_head, score
-from neco.eval.metrics import Compat
-from neco.eval.neighbours import full_precision
-from neco.eval.pictures import Picture, predictions, shown
+from neco.distributed import collectives
+from neco.distributed.devices import full_precision
+from neco.eval.common import metrics
+from neco.eval.common.heads import GRID, Batches, Head, Kind, cross_entropy, load_head, new_head, score
+from neco.eval.common.metrics import Compat
+from neco.eval.evaluation import Result, Trained, check_protocol, input_size, labelled, part_of_train, size_name
+from neco.features.extractor import Extract, PatchFeatures
 from neco.model.weights import weights_hash
-from neco.values import NonNegative, Positive, PositiveFloat, Size
+from neco.report.pictures import Picture, predictions, shown
+from neco.runs import foreign
+from neco.utils.errors import NecoError
+from neco.utils.random import generator
 
 log = logging.getLogger(__name__)
 SIZE, LR = 448, 0.01  # published
@@ -142,7 +134,7 @@ class Linear:
         val = labelled(dataset, "val", self.drop_last)
         if self.head:
             _, about, digest = load_head(self.head)
-            if (names := run_folder.parse_json(about["classes"])) != [*dataset.classes]:
+            if (names := foreign.parse_json(about["classes"])) != [*dataset.classes]:
                 raise NecoError(f"head={self.head} knows other classes than the data set: {', '.join(names)}")
             of_head = [int(side) for side in about["size"].split("x")]
             size = self.size or (of_head[0], of_head[-1])
@@ -186,12 +178,15 @@ class Linear:
         )  # fmt: skip
         start = [new_head(self.head_kind, backbone.dim, len(dataset.classes), seed).to(device) for _ in self.lrs]
         heads, losses = self._train(dict(zip(self.lrs, start, strict=True)), batches, device)
-        matrices = score(heads, read(samples=devices.share(val), what="val"), [own], device)
+        matrices = score(heads, read(samples=collectives.share(val), what="val"), [own], device)
         scores = {run: self._miou(matrix) for (run, _), matrix in matrices.items()}
         best = {lr: max((run for run in heads if run[0] == lr), key=lambda run: scores[run]) for lr in self.lrs}
         chosen, held_out = LR if LR in self.lrs else self.lrs[0], {}
         if holdout:
-            last, stream = {lr: heads[best[lr]] for lr in best}, read(samples=devices.share(holdout), what="held out")
+            last, stream = (
+                {lr: heads[best[lr]] for lr in best},
+                read(samples=collectives.share(holdout), what="held out"),
+            )
             held_out = {lr: self._miou(matrix) for (lr, _), matrix in score(last, stream, [own], device).items()}
             chosen = max(held_out, key=lambda lr: held_out[lr])
         names = {"miou": chosen} | ({f"miou_lr{lr:g}": lr for lr in self.lrs} if len(self.lrs) > 1 else {})
@@ -237,7 +232,7 @@ class Linear:
             log.warning("head=%s was trained on weights %s, these are %s", path, about["weights"], weights)
         device, own = extract.place(backbone), self._pixels(size)
         read = partial(extract.stream, backbone, dataset, size=size)
-        stream = read(samples=devices.share(val), what="val")
+        stream = read(samples=collectives.share(val), what="val")
         found = score({path: head.to(device)}, stream, [*dict.fromkeys(((GRID, GRID), size))], device)
         scores = {f"miou_{size_name(at)}": self._miou(matrix) for (_, at), matrix in found.items()}
         parts = [
@@ -277,7 +272,7 @@ class Linear:
         for epoch in range(1, self.epochs + 1):
             found = []
             for batch in batches(epoch - 1, f"train, epoch {epoch} of {self.epochs}"):
-                tokens, masks = (devices.gather_uneven(part).to(device) for part in batch)
+                tokens, masks = (collectives.gather_uneven(part).to(device) for part in batch)
                 optimiser.zero_grad()
                 with torch.enable_grad(), torch.autocast(device.type, enabled=False), full_precision():
                     for head in heads.values():
@@ -294,7 +289,7 @@ class Linear:
             if self.compat == "reference" or epoch == self.epochs:
                 kept |= {(lr, epoch): copy.deepcopy(head).eval() for lr, head in heads.items()}
         # On GPUs the processes' heads differ in the last bits: all score those of the first.
-        states = devices.merge([{k: v.cpu() for k, v in head.state_dict().items()} for head in kept.values()])[0]
+        states = collectives.merge([{k: v.cpu() for k, v in head.state_dict().items()} for head in kept.values()])[0]
         for head, state in zip(kept.values(), states, strict=True):
             head.load_state_dict(state)
         return kept, losses

@@ -14,25 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neco import devices
+from neco.config.types import NonNegative, Positive, Size
 from neco.dataset.base import Dataset, Sample
-from neco.errors import NecoError
-from neco.eval import clustering, metrics
-from neco.eval.base import (
-    PatchFeatures,
-    Result,
-    check_protocol,
-    input_size,
-    labelled,
-    size_name,
-    token_grid,
-)
-from neco.eval.extract import Extract, resize_nearest
-from neco.eval.metrics import Compat
-from neco.eval.neighbours import Engine, check_engine
-from neco.eval.pictures import Picture, groups_over, predictions, shown
-from neco.progress import track
-from neco.values import NonNegative, Positive, Size
+from neco.distributed import collectives
+from neco.eval.common import clustering, metrics
+from neco.eval.common.metrics import Compat
+from neco.eval.common.neighbors import Engine, check_engine
+from neco.eval.evaluation import Result, check_protocol, input_size, labelled, size_name
+from neco.features.extractor import Extract, PatchFeatures, resize_nearest, token_grid
+from neco.report.pictures import Picture, groups_over, predictions, shown
+from neco.utils.errors import NecoError
+from neco.utils.progress import track
 
 SIZE = 448  # published
 GRID = 100  # pixels per side at which clusters and masks are compared
@@ -123,9 +115,9 @@ class Overcluster:
         """
         extract, classes = extract or Extract(), len(dataset.classes)
         size, ks, samples = self.plan(backbone.patch, dataset)
-        features = extract(backbone, dataset, devices.share(samples), size, what="val")
-        if devices.world() > 1:
-            features = devices.gather_uneven(torch.from_numpy(np.array(features))).numpy()
+        features = extract(backbone, dataset, collectives.share(samples), size, what="val")
+        if collectives.world() > 1:
+            features = collectives.gather_uneven(torch.from_numpy(np.array(features))).numpy()
         shape, device = features.shape[:3], extract.place(backbone)
         points = clustering.project(
             features.reshape(-1, features.shape[3]),
@@ -139,14 +131,14 @@ class Overcluster:
         matrices = {(k, seed): torch.zeros(k, classes, dtype=torch.long) for k, seed in runs}
         pictures: list[Picture] = []
         maps = {}  # with several processes, each has its part of the k-means runs
-        for k, seed in track(devices.share(runs), "k-means"):
+        for k, seed in track(collectives.share(runs), "k-means"):
             index = self._cluster(points, k, seed, device)
             maps[k, seed] = torch.from_numpy(index.astype(np.int32).reshape(shape))
         for rows, masks in extract.masks(dataset, samples, size) if maps else ():
             target = resize_nearest(masks, GRID)
             for (k, seed), clusters in maps.items():
                 matrices[k, seed] += metrics.confusion(resize_nearest(clusters[rows], GRID), target, k, classes)
-        matrices = {run: devices.total(matrix) for run, matrix in matrices.items()}
+        matrices = {run: collectives.total(matrix) for run, matrix in matrices.items()}
         found, details = {}, {}
         for k in ks:
             match = metrics.match_one_to_one if k == classes else metrics.match_many_to_one
@@ -163,7 +155,7 @@ class Overcluster:
                 "iou": metrics.by_class(iou, dataset.classes),
                 **metrics.absent(matched[0], dataset.classes),
             }
-        pictures = [picture for part in devices.merge(pictures) for picture in part]
+        pictures = [picture for part in collectives.merge(pictures) for picture in part]
         return Result(self._protocol(size, ks), found, details, pictures=pictures)
 
     def _draw(

@@ -18,26 +18,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from neco import devices
+from neco.config.types import STD, NonNegative, Positive, PositiveFloat, Size
 from neco.dataset.base import IGNORE, Dataset, Sample, read_image
-from neco.errors import NecoError
-from neco.eval import metrics
-from neco.eval.base import (
-    PatchFeatures,
-    Result,
-    check_protocol,
-    generator,
-    input_size,
-    labelled,
-    part_of_train,
-    size_name,
-    token_grid,
-)
-from neco.eval.extract import Draw, Extract
-from neco.eval.metrics import Compat
-from neco.eval.neighbours import LEAST, Engine, Neighbours, bank, check_engine
-from neco.eval.pictures import Picture, patch_view, predictions, shown, strip
-from neco.values import STD, NonNegative, Positive, PositiveFloat, Size
+from neco.distributed import collectives
+from neco.eval.common import metrics
+from neco.eval.common.metrics import Compat
+from neco.eval.common.neighbors import LEAST, Engine, Neighbours, bank, check_engine
+from neco.eval.evaluation import Result, check_protocol, input_size, labelled, part_of_train, size_name
+from neco.features.extractor import Draw, Extract, PatchFeatures, token_grid
+from neco.report.pictures import Picture, patch_view, predictions, shown, strip
+from neco.utils.errors import NecoError
+from neco.utils.random import generator
 
 SIZE = 512  # published
 NEAREST = 7  # that are shown
@@ -191,14 +182,14 @@ class Retrieval:
         extract, classes = extract or Extract(), len(dataset.classes)
         size, share, train, val = self.plan(backbone.patch, dataset)
         memory, labels, sources = self._remember(backbone, dataset, train, size, share, extract, seed, bool(show))
-        cells = -(-self.cells // devices.world())  # of each process's part
+        cells = -(-self.cells // collectives.world())  # of each process's part
         index = Neighbours(memory, engine=self.engine, device=extract.place(backbone), cells=cells, probes=self.probes)
-        labels = devices.gather_uneven(labels).to(index.device)
+        labels = collectives.gather_uneven(labels).to(index.device)
         if not len(labels):
             raise NecoError("no patch of the training images has a labelled pixel: there is nothing to retrieve")
         matrices = {k: torch.zeros(classes, classes, dtype=torch.long) for k in self.ks}
-        own = devices.share(val)
-        batches = max(devices.merge(-(-len(own) // extract.batch_size)))  # of the process that has most
+        own = collectives.share(val)
+        batches = max(collectives.merge(-(-len(own) // extract.batch_size)))  # of the process that has most
 
         def answers(features: Tensor) -> Iterator[tuple[dict[int, Tensor], Tensor, Tensor]]:
             """Of each image classes (H, W) by k, similarities (h w, k) and entries (h w, k)."""
@@ -219,7 +210,7 @@ class Retrieval:
                     matrix += metrics.confusion(predicted[k], mask, classes, classes)
         for _ in range(batches):
             index.together(torch.empty(0, backbone.dim), self.ks[-1])
-        matrices = {k: devices.total(matrix) for k, matrix in matrices.items()}
+        matrices = {k: collectives.total(matrix) for k, matrix in matrices.items()}
         if self.compat == "reference":
             matrices = {k: metrics.remap(matrix, metrics.match_one_to_one(matrix)) for k, matrix in matrices.items()}
         drawn: list[Picture] = []
@@ -287,7 +278,7 @@ class Retrieval:
 
         Traced, also where each entry of the whole memory is from, (M, 3): pass, number of the image, of the patch.
         """
-        first, samples = len(samples) * devices.rank() // devices.world(), devices.share(samples)
+        first, samples = len(samples) * collectives.rank() // collectives.world(), collectives.share(samples)
         room, pixels = len(samples) * self.passes * share, backbone.patch**2
         memory = bank(room, backbone.dim, getattr(torch, self.storage), self.bank_dir)
         labels = torch.empty(room, len(dataset.classes), dtype=torch.uint8 if pixels < 256 else torch.int16)
@@ -313,7 +304,7 @@ class Retrieval:
                     place = torch.full_like(image, turn), first + rows.start + image, best.indices[kept]
                     sources[filled : filled + len(image)] = torch.stack(place, 1).int()
                 filled += len(image)
-        return memory[:filled], labels[:filled], devices.gather_uneven(sources[:filled])
+        return memory[:filled], labels[:filled], collectives.gather_uneven(sources[:filled])
 
     def _protocol(self, size: Size) -> str:
         parts = [

@@ -20,40 +20,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neco import devices
+from neco.config.types import NonNegative, Positive, PositiveFloat, PositiveFraction, Size
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.dataset.masks import read_mask
-from neco.errors import NecoError
-from neco.eval import clustering, metrics
-from neco.eval.base import (
-    PatchFeatures,
-    Result,
-    background_of,
-    check_protocol,
-    generator,
-    input_size,
-    labelled,
-    part_of_train,
-    size_name,
-    token_grid,
-)
-from neco.eval.communities import (
-    Method,
-    Partition,
-    check_method,
-    communities,
-    edge_weights,
-    neighbour_shares,
-    offsets,
-)
-from neco.eval.extract import Extract, resize_nearest
-from neco.eval.metrics import Compat
-from neco.eval.neighbours import Engine, check_engine
-from neco.eval.pictures import Picture, groups_over, predictions, shown
+from neco.distributed import collectives
+from neco.eval.common import clustering, metrics
+from neco.eval.common.graph import Method, Partition, check_method, communities, edge_weights, neighbour_shares, offsets
+from neco.eval.common.metrics import Compat
+from neco.eval.common.neighbors import Engine, check_engine
+from neco.eval.evaluation import Result, background_of, check_protocol, input_size, labelled, part_of_train, size_name
+from neco.features.extractor import Extract, PatchFeatures, resize_nearest, token_grid
 from neco.model.backbone import Attention
 from neco.model.mask import foreground
-from neco.progress import track
-from neco.values import NonNegative, Positive, PositiveFloat, PositiveFraction, Size
+from neco.report.pictures import Picture, groups_over, predictions, shown
+from neco.utils.errors import NecoError
+from neco.utils.progress import track
+from neco.utils.random import generator
 
 log = logging.getLogger(__name__)
 SIZE = 448  # published
@@ -65,7 +47,7 @@ BATCH = 64  # images
 
 @dataclass(frozen=True)
 class Parameters:
-    """What `search` looks for: clusters of the foreground, and see `neco.eval.communities.communities`."""
+    """What `search` looks for: clusters of the foreground, and see `neco.eval.common.graph.communities`."""
 
     k: int
     markov_time: float
@@ -114,7 +96,7 @@ class Unsupervised:
     4. Communities of the graph. 5. Hungarian matching of communities to classes, on val.
 
     `compat=reference` chooses `precision`, and what `search` finds, by the labels of train; has a slip in the list of
-    neighbours (see `neco.eval.communities.offsets`); absent classes count as 0. `standard` takes `precision` as it is
+    neighbours (see `neco.eval.common.graph.offsets`); absent classes count as 0. `standard` takes `precision` as it is
     and searches for the preferred number of communities and, of equals, the highest modularity.
 
     Holds the reduced features (d numbers a patch); those of the backbone are computed twice where nothing is cached.
@@ -224,7 +206,7 @@ class Unsupervised:
         """
         extract, classes = extract or Extract(), len(dataset.classes)
         size, background, train, val, _ = self.plan(backbone.patch, dataset)
-        numbered = devices.share([*enumerate([*train, *val])])
+        numbered = collectives.share([*enumerate([*train, *val])])
         own, in_val = [sample for _, sample in numbered], np.array([i >= len(train) for i, _ in numbered], bool)
         front = self._noisy_foreground(backbone, dataset, own, size, extract)
         points = self._points(backbone, dataset, own, size, extract)
@@ -238,7 +220,7 @@ class Unsupervised:
 
         device = extract.place(backbone)
         clusters = self._cluster(points, np.ones(points.shape[:3], np.int64), self.k, seed, device, spherical=True)
-        total, images = (devices.total(part) for part in cluster_precision(clusters, front, self.k))
+        total, images = (collectives.total(part) for part in cluster_precision(clusters, front, self.k))
         precision = total / images.clamp(min=1)
         matrices = {split: score(clusters, self.k, split) for split in targets}
         least = self.precisions[0]
@@ -314,7 +296,7 @@ class Unsupervised:
             drawn.append(groups_over(dataset, sample, np.where(front, 0, IGNORE), 1, "foreground"))
             drawn.append(groups_over(dataset, sample, part, len(joined), "communities"))
         drawn += predictions(dataset, some, labels, _matched(matrix, found.partitions[0], background))
-        everything = [picture for part in devices.merge(drawn) for picture in part]
+        everything = [picture for part in collectives.merge(drawn) for picture in part]
         return [*{(picture.kind, picture.key): picture for picture in everything}.values()]
 
     # Steps
@@ -376,14 +358,14 @@ class Unsupervised:
     ) -> np.ndarray:
         """k-means of all processes' patches, each as often as `weights`, int64 (N, h, w): int64 (N, h, w)."""
         ends, rows = np.cumsum(weights), points.reshape(-1, points.shape[3])
-        totals = devices.merge(int(ends[-1]) if len(ends) else 0)
-        first = sum(totals[: devices.rank()])
+        totals = collectives.merge(int(ends[-1]) if len(ends) else 0)
+        first = sum(totals[: collectives.rank()])
         count = min(sum(totals), self.sample * k)
         drawn = np.sort(generator(seed, k, "k-means").choice(sum(totals), count, replace=False, shuffle=False)) - first
-        drawn = drawn[(drawn >= 0) & (drawn < totals[devices.rank()])]
+        drawn = drawn[(drawn >= 0) & (drawn < totals[collectives.rank()])]
         local = torch.from_numpy(rows[np.searchsorted(ends, drawn, side="right")])
         trained = clustering.kmeans(
-            devices.gather_uneven(local).numpy(),
+            collectives.gather_uneven(local).numpy(),
             k,
             seed=seed,
             engine=self.engine,
@@ -393,7 +375,7 @@ class Unsupervised:
             spherical=spherical,
             device=device,
         )
-        centroids = devices.merge(trained.centroids)[0]  # of one process, whatever rounding does in the others
+        centroids = collectives.merge(trained.centroids)[0]  # of one process, whatever rounding does in the others
         index = clustering.assign(rows, centroids, engine=self.engine, spherical=spherical, device=device)
         return index.reshape(points.shape[:3])
 
@@ -406,7 +388,7 @@ class Unsupervised:
 
     def _patches(self, kept: np.ndarray) -> int:
         """Patches of the foreground in all processes that are seen at 100 x 100."""
-        return sum(devices.merge(int((kept & (multiplicity(*kept.shape[1:]) > 0)).sum())))
+        return sum(collectives.merge(int((kept & (multiplicity(*kept.shape[1:]) > 0)).sum())))
 
     def _communities(
         self, points: np.ndarray, kept: np.ndarray, given: Parameters, classes: int, seed: int, device: torch.device
@@ -422,7 +404,7 @@ class Unsupervised:
             part = neighbour_shares(shown, nodes, around)
             shares += part[0]
             images += part[1]
-        weights = edge_weights(devices.total(shares), devices.total(images))
+        weights = edge_weights(collectives.total(shares), collectives.total(images))
         partitions = [
             communities(
                 weights,
@@ -484,7 +466,7 @@ def _count(maps: np.ndarray, targets: Tensor, nodes: int, classes: int) -> Tenso
     for start in range(0, len(maps), BATCH):
         shown = resize_nearest(torch.from_numpy(maps[start : start + BATCH]), GRID)
         matrix += metrics.confusion(shown, targets[start : start + BATCH], nodes, classes)
-    return devices.total(matrix)
+    return collectives.total(matrix)
 
 
 def _foreground_iou(matrix: Tensor, kept: Tensor, background: int) -> float:

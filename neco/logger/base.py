@@ -4,32 +4,16 @@ The keys are the same in every tracker and stay so; docs/tracking.md lists them.
 """
 
 import importlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from neco import run_folder
-from neco.config import Settings
-from neco.errors import NecoError
-from neco.interrupt import Interrupted
-from neco.masking import mask_nested, mask_secrets
-from neco.results import Results, comparison
+from neco.runs import foreign
+from neco.utils.errors import NecoError
 
 Ended = Literal["success", "failed", "interrupted"]
 Table = Sequence[Sequence[Any]]  # rows, the first of them names
-PLACES = (
-    "run_dir",
-    "data_root",
-    "cache_dir",
-    "device",
-    "debug",
-    "logger",
-    "log_seconds",
-    "launcher.",
-    "sweep.",
-)  # they make no other run
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,7 @@ class About:
 class Tracker:
     """Told what happens, in this order; `wait` seconds are given to it after the end.
 
-    With a number for `wait` it works in a thread of its own, where it may be slow or fail (see `neco.logger.guard`).
+    With a number for `wait` it works in a thread of its own (`neco.logger.background`), where it may be slow or fail.
     Constructing does nothing but import: a package that is missing is noticed before anything else is done.
     """
 
@@ -85,39 +69,6 @@ class Tracker:
         """Called last: what was told is done or given up."""
 
 
-class Trackers:
-    """All trackers of a run; leaving the block tells them the final table and how it ended.
-
-    Args:
-        store: the run's results; a process that does not write them has no trackers.
-        step: that the run goes on from; `rows`: how many of metrics there were.
-    """
-
-    def __init__(self, settings: Settings, store: Results, step: int = 0, rows: int | None = None) -> None:
-        from neco.logger.guard import Guard
-
-        self.store, built = store, settings.build_all("logger") if store.writes else {}
-        self.each = [Guard(name, each) if each.wait is not None else each for name, each in built.items()]
-        self.tell("start", replace(about(settings, store.path.parent, step), rows=rows))
-
-    def tell(self, event: str, *values: Any) -> None:
-        """To all of them, without secrets."""
-        values = tuple(mask_nested(value) for value in values)
-        for tracker in self.each:
-            tracker.tell(event, *values)
-
-    def __enter__(self) -> "Trackers":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        stopped = kind and issubclass(kind, Interrupted | KeyboardInterrupt)
-        if self.store.records:
-            self.tell("results", comparison(self.store.records))
-        self.tell("finish", "interrupted" if stopped else "failed" if kind else "success")
-        for tracker in self.each:
-            tracker.close()
-
-
 def library(module: str, package: str) -> Any:
     """Import what a tracker uses, of the package that pip installs. Raises NecoError where it is missing or broken."""
     name = module.rpartition(".")[2]
@@ -130,20 +81,6 @@ def library(module: str, package: str) -> Any:
             f"{name} cannot be imported ({type(error).__name__}: {error}): install it again (pip install {package}) "
             "or leave it out"
         ) from error
-
-
-def about(settings: Settings, folder: Path, step: int) -> About:
-    """What trackers call a run."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
-    multirun = hydra and hydra.mode == RunMode.MULTIRUN
-    said = [o for o in settings.overrides if not o.lstrip("+~").startswith(PLACES)]
-    own = [o for o in said if not multirun or o not in sys.argv]  # what varies is not in the command line as it is
-    tags = [str(settings.choices[group]) for group in ("model", "dataset", "loss") if settings.choices.get(group)]
-    name, group = " ".join(own or said) or folder.name, Path(hydra.sweep.dir).name if multirun else None
-    return About(folder, step, mask_nested(settings.config), mask_secrets(name), group, tags)
 
 
 def key(record: Mapping[str, Any], last: str, first: str = "eval") -> str:
@@ -169,5 +106,5 @@ def pictures(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, lis
     for kind in dict.fromkeys(picture["kind"] for picture in drawn):
         some = [p for p in drawn if p["kind"] == kind]
         captions = [": ".join(filter(None, (p.get("key"), p.get("caption")))) for p in some]
-        files = (run_folder.locate_file(folder, p["file"]) for p in some)
+        files = (foreign.locate_file(folder, p["file"]) for p in some)
         yield key(record, kind, "pictures"), [*zip(files, captions, strict=True)]

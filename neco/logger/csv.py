@@ -9,8 +9,8 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from neco import files
 from neco.logger.base import About, Tracker
+from neco.utils import atomic_files
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -54,7 +54,10 @@ class Csv(Tracker):
             sound = [*map(is_sound, rows)]
             if not all(sound[:-1]):  # a kill may leave half of the last
                 aside = self.path.with_name("metrics.damaged.csv")
-                with files.whole(aside) as file, self.path.open("rb") as held:  # in place of a link, not through it
+                with (
+                    atomic_files.whole(aside) as file,
+                    self.path.open("rb") as held,
+                ):  # in place of a link, not through it
                     shutil.copyfileobj(held, file)
                 log.warning("%s is damaged: kept as %s, here without the lines that cannot be read", self.path, aside)
             kept = [row for row in compress(rows, sound) if int(row["step"]) <= about.step]
@@ -69,11 +72,11 @@ class Csv(Tracker):
             rows = read(self.path)[1] if self.path.is_file() else []
             self.fields += new
             self._rewrite(rows)
-        with files.open_for_appending(self.path, newline="") as file:
+        with atomic_files.open_for_appending(self.path, newline="") as file:
             csv.DictWriter(file, self.fields, restval="").writerow(whole)
 
     def _rewrite(self, rows: list[Row]) -> None:
-        with files.whole(self.path, "w", newline="") as file:
+        with atomic_files.whole(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.fields, restval="")
             writer.writeheader()
             writer.writerows(rows)

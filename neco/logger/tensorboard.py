@@ -5,11 +5,11 @@ from typing import Any
 
 import yaml
 
-from neco.escape import for_markdown, markdown_block
+from neco.config.types import PositiveFloat
 from neco.logger import base
 from neco.logger.base import About, Ended, Table, Tracker
-from neco.results import markdown
-from neco.values import PositiveFloat
+from neco.utils.escape import for_markdown, markdown_block
+from neco.utils.text_table import markdown
 
 
 class Tensorboard(Tracker):

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from neco.errors import NecoError
+from neco.config.types import PositiveFloat
 from neco.logger import base, csv
 from neco.logger.base import About, Ended, Table, Tracker
-from neco.masking import mask_secrets
-from neco.results import write
-from neco.values import PositiveFloat
+from neco.runs.results import write
+from neco.utils.errors import NecoError
+from neco.utils.masking import mask_secrets
 
 log = logging.getLogger(__name__)
 REACH = 4  # seconds in which a server has to answer

@@ -11,10 +11,10 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neco import devices
-from neco.errors import NecoError
+from neco.config.types import Few, Million
+from neco.distributed import collectives
 from neco.loss.sorting import at_least_float32
-from neco.values import Few, Million
+from neco.utils.errors import NecoError
 
 References = Literal["batch", "batch_other", "batch_any", "queue"]
 Mask = Literal["all", "fg", "bg"]
@@ -128,7 +128,7 @@ def pair_mean(rows: Tensor, mask: Tensor | None) -> Tensor:
     """
     if mask is None:
         return rows.mean()
-    kept = devices.total(mask.sum((1, 2))).clamp(min=1) / devices.world()
+    kept = collectives.total(mask.sum((1, 2))).clamp(min=1) / collectives.world()
     return (rows.where(mask, 0).sum((1, 2)) / kept).mean()
 
 

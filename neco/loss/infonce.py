@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from neco.config.types import PositiveFloat
 from neco.loss.base import References, Referring, pair_mean, similarities
-from neco.values import PositiveFloat
 
 
 class InfoNCE(Referring):

@@ -12,9 +12,9 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from neco import devices
+from neco.config.types import Few, Million, PositiveFloat
+from neco.distributed import collectives
 from neco.loss.base import Loss, above_floor, similarities
-from neco.values import Few, Million, PositiveFloat
 
 
 class Leopart(Loss):
@@ -72,6 +72,6 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, mask: Tensor | Non
         plan = plan * mask[..., None]
     tiny = torch.finfo(plan.dtype).tiny
     for _ in range(iterations):
-        plan = plan / devices.total(plan.flatten(0, -2).sum(0)).clamp(min=tiny)
+        plan = plan / collectives.total(plan.flatten(0, -2).sum(0)).clamp(min=tiny)
         plan = plan / plan.sum(-1, keepdim=True).clamp(min=tiny)
     return plan

@@ -9,10 +9,10 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
+from neco.config.types import PositiveFloat
 from neco.loss.base import Referring, Similarity, above_floor, similarities
 from neco.loss.relaxation import RelaxationName, choose
 from neco.loss.sorting import Engine, Network, choose_engine, sort_cross_entropy
-from neco.values import PositiveFloat
 
 
 class NeCo(Referring):

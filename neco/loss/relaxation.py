@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 RelaxationName = Literal["cauchy", "logistic", "logistic_phi", "gaussian", "reciprocal", "optimal"]
 ART_LAMBDA = 0.25

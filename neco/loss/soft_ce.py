@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neco.config.types import PositiveFloat
 from neco.loss.base import Referring, above_floor, similarities
-from neco.values import PositiveFloat
 
 
 class SoftCE(Referring):

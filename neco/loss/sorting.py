@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neco.errors import NecoError
 from neco.loss.relaxation import CAUCHY, Relaxation
+from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
 Network = Literal["bitonic", "odd_even"]

@@ -7,11 +7,11 @@ import timm
 import torch
 import yaml
 
-from neco import config
-from neco.errors import NecoError
+from neco.config import discovery, validate
 from neco.model import sources as _sources
 from neco.model import weights as _weights
 from neco.model.backbone import Backbone
+from neco.utils.errors import NecoError
 
 
 def last_checkpoint(source: str) -> str:
@@ -37,7 +37,7 @@ def trained_model(
 ) -> dict[str, Any] | None:
     """The `model` node that one of our own checkpoints or exported files holds; None for any other source.
 
-    Its values are as the file has them: `neco.config.build` checks them.
+    Its values are as the file has them: `neco.config.validate.validate.build` checks them.
 
     Args:
         trust_pickle: the file may name the class of an option that users have of their own, too.
@@ -62,8 +62,8 @@ def trained_model(
         raise NecoError(f"{source} is no checkpoint or export: instead of its network it holds a {type(node).__name__}")
     target = node.get("_target_")
     values = {key: value for key, value in node.items() if key != "_target_"}
-    config.call(config.refuse_components, source, value=values, where="model")
-    known = {*config.project_targets("model"), *(config.user_targets("model") if trust_pickle else ()), chosen}
+    validate.call(validate.refuse_components, source, value=values, where="model")
+    known = {*validate.project_targets("model"), *(validate.user_targets("model") if trust_pickle else ()), chosen}
     if not isinstance(target, str) or target not in known:
         raise NecoError(
             f"{source} says that its network is made by {target!r:.60}, which no option of conf/model names. If it is "
@@ -92,7 +92,7 @@ def load_backbone(
     Raises:
         NecoError: nothing there, an unknown model, or tensors that don't fit it (listed).
     """
-    options = {path.stem: path for path in (config.folder() / "model").glob("*.yaml")}
+    options = {path.stem: path for path in (discovery.folder() / "model").glob("*.yaml")}
     source = str(source)
     if model is None and source in options:
         model, source = source, ""
@@ -101,16 +101,16 @@ def load_backbone(
         try:
             _sources.locate(source, "")  # it must be there
         except NecoError as error:
-            raise NecoError(f"{error}{config.nearest(source, sorted(options))}") from None
+            raise NecoError(f"{error}{discovery.nearest(source, sorted(options))}") from None
     node = trained_model(source, trust_pickle) if model is None else None
     if node is None:
         if model not in options:
-            near = config.nearest(str(model), sorted(options))
+            near = discovery.nearest(str(model), sorted(options))
             raise NecoError(f"{source}: say which network it is with model=NAME of conf/model (got {model!r}{near})")
         node = yaml.safe_load(options[model].read_text())
     which = "auto" if weights == "none" else weights
     with torch.device("meta"):  # what a file says of itself takes no memory until its tensors bear it out
-        _weights.check(config.build(node, "model"), source, which, trust_pickle=trust_pickle)
-    backbone = config.build(node, "model")
+        _weights.check(validate.build(node, "model"), source, which, trust_pickle=trust_pickle)
+    backbone = validate.build(node, "model")
     _weights.load(backbone, "none" if weights == "none" else source or None, which, trust_pickle=trust_pickle)
     return backbone.eval().requires_grad_(False)

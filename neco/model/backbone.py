@@ -18,9 +18,9 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from neco.errors import NecoError
+from neco.config.types import MEAN, STD, Fraction, Pixels, Width
 from neco.model.linear import hasten
-from neco.values import MEAN, STD, Fraction, Pixels, Width
+from neco.utils.errors import NecoError
 
 Rule = Literal["hub", "timm", "neco"]
 DEEPEST = 256  # blocks; each costs memory and time even without weights, and a file may ask for any number

@@ -18,13 +18,13 @@ from timm.layers import GluMlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from neco import files
-from neco.config import build
-from neco.errors import NecoError
-from neco.masking import mask_nested, mask_secrets
+from neco.config.types import MEAN, STD
+from neco.config.validate import build
 from neco.model import weights
 from neco.model.backbone import Backbone
-from neco.values import MEAN, STD
+from neco.utils import atomic_files
+from neco.utils.errors import NecoError
+from neco.utils.masking import mask_nested, mask_secrets
 
 Format = Literal["timm", "dinov2", "safetensors", "onnx"]
 FILES: dict[Format, str] = {
@@ -153,7 +153,7 @@ def write(
     digest = weights.weights_hash(network)
     about = {"neco": json.dumps({"model": mask_nested(node), "weights": digest})}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.scratch(path.parent) as folder:
+    with atomic_files.scratch(path.parent) as folder:
         part = folder / path.name
         if form == "onnx":
             _write_onnx(network, part, about)
@@ -174,9 +174,9 @@ def write(
             (folder / name).write_text(mask_secrets(text), encoding="utf-8")
         whole = sorted(folder.iterdir(), key=lambda file: file == part)  # the weights last
         for written in whole:
-            files.sync(written)
+            atomic_files.sync(written)
         for written in whole:
-            files.rename(written, path.with_name(written.name))
+            atomic_files.rename(written, path.with_name(written.name))
     return told
 
 

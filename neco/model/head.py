@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neco.config.types import Few, Width
 from neco.model.linear import hasten
-from neco.values import Few, Width
 
 
 class Head(nn.Module):

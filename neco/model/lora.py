@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 LAYERS = ("qkv", "q_proj", "k_proj", "v_proj", "proj")  # timm's names, of which a network has some
 PARTS = ("original", "0.up", "0.down", "0.scale")  # what `merged` takes, as torch names it in a state

@@ -24,14 +24,14 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from torch import Tensor
 
-from neco import files, interrupt
-from neco.download import alone, fetch
-from neco.errors import NecoError
-from neco.masking import MASK
-from neco.model import folders
-from neco.model.folders import Damaged as Damaged
-from neco.model.layouts import begins, unwrap_name
-from neco.progress import transfers
+from neco.model import sharded
+from neco.model.sharded import Damaged
+from neco.model.state_dict_formats import begins, unwrap_name
+from neco.utils import atomic_files, signals
+from neco.utils.download import alone, fetch
+from neco.utils.errors import NecoError
+from neco.utils.masking import MASK
+from neco.utils.progress import transfers
 
 # What old checkpoints hold beside tensors. A file chooses the arguments, so that here stands only what merely keeps
 # them: nothing that imports, opens or calls. Of NumPy no arrays and no structured types either, whose state a file
@@ -70,10 +70,10 @@ def locate(source: str, name: str) -> Path:
     elif source == "hub" or (timm.is_model(source) and not path.exists()):
         return _from_hub(name if source == "hub" else source)
     if path.is_dir():
-        return folders.find_weights(path)
+        return sharded.find_weights(path)
     if not path.is_file():
         raise NecoError(f"weights {source}: no such file ({path.absolute()}) and no hub name that timm knows")
-    folders.check_no_shard(path)
+    sharded.check_no_shard(path)
     return path
 
 
@@ -91,9 +91,9 @@ def contents(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     Raises NecoError for one that is damaged, of another kind or unsafe.
     """
     if path.is_dir():
-        return folders.read_distributed(path, _tensor, _of_networks)
-    if path.name.endswith(folders.INDEX):
-        return folders.read_index(path, functools.partial(read, trust_pickle=trust_pickle))
+        return sharded.read_distributed(path, _tensor, _of_networks)
+    if path.name.endswith(sharded.INDEX):
+        return sharded.read_index(path, functools.partial(read, trust_pickle=trust_pickle))
     zipped, stored = zipfile.is_zipfile(path), False
     try:
         if zipped:
@@ -108,7 +108,7 @@ def contents(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
         with torch.serialization.safe_globals(_harmless()):
             try:
-                mapped = stored and files.can_be_mapped(path)
+                mapped = stored and atomic_files.can_be_mapped(path)
                 held = torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=mapped)
             except UnpicklingError as error:  # it names the first class; of most files all can be had
                 if zipped and (unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(path)):
@@ -322,7 +322,7 @@ def _download(url: str) -> Path:
             report = bar(path.name, None)
 
             def show(done: int, total: int | None) -> None:
-                interrupt.check()
+                signals.check()
                 report(done, total)
 
             if path.exists():  # another process was at it
@@ -333,7 +333,7 @@ def _download(url: str) -> Path:
             if digest and not found.startswith(digest[1]):
                 part.unlink()
                 raise NecoError(f"its SHA-256 is {found} instead of {digest[1]}...")
-            files.rename(part, path)
+            atomic_files.rename(part, path)
     except (NecoError, OSError) as error:
         raise _unreachable(url, error) from error
     return path

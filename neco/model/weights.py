@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from neco.config import call
-from neco.errors import NecoError
+from neco.config.validate import call
 from neco.model import lora
 from neco.model.backbone import Backbone
-from neco.model.layouts import begins, is_ignorable, match, recognise, unwrap
 from neco.model.sources import Damaged, cache_of, check_backed, header, locate, read
+from neco.model.state_dict_formats import begins, is_ignorable, match, recognise, unwrap
+from neco.utils.errors import NecoError
 
 Which = str  # auto, student, teacher, or what the keys of one of a file's networks begin with
 

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from neco import devices
-from neco.errors import NecoError
-from neco.masking import print_line
+from neco.distributed import collectives
 from neco.report import collect, html, latex, markdown, tables
-from neco.results import write as write_text
+from neco.runs.results import write as write_text
+from neco.utils.errors import NecoError
+from neco.utils.masking import print_line
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def of_sweep(folder: Path) -> None:
 
 
 def _page(folder: Path, runs: Callable[[], list[collect.Run]]) -> Path | None:
-    if devices.leader():
+    if collectives.leader():
         try:
             return write(runs(), folder, ["html"])[0]
         except Exception as error:

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from neco.escape import for_html
 from neco.report.collect import Point
+from neco.utils.escape import for_html
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 220, 46, 12, 10, 38
 POINTS = 150  # of a line, more are averaged

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from neco import run_folder
-from neco.errors import NecoError
 from neco.logger import csv as metrics
 from neco.report import gallery, published
 from neco.report.gallery import Gallery
 from neco.report.published import Published
-from neco.results import Results, spread
-from neco.sweep import IDLE, STATUS, status
+from neco.runs import foreign
+from neco.runs.results import Results, spread
+from neco.runs.status import IDLE, STATUS, status
+from neco.utils.errors import NecoError
 
 Point = tuple[float, float, float, int]  # x, mean, standard deviation, how many
 
@@ -104,7 +104,7 @@ class Run:
             return self.overrides[key]
         if chosen := (self.environment.get("choices") or {}).get(key):
             return str(chosen)
-        node = run_folder.lookup(self.config, key, "")
+        node = foreign.lookup(self.config, key, "")
         return "default" if isinstance(node, dict) else str(node)
 
 
@@ -132,8 +132,8 @@ def read(path: Path, label: str = "") -> Run:
     records, said = Results(path, writes=False).records, status(path)
     if not records and not said and not (path / "metrics.csv").is_file():
         raise NecoError(f"{path}: nothing was recorded there")
-    config = run_folder.read_config(path)
-    environment = run_folder.read_json(path, "environment.json", run_folder.Environment) or {}
+    config = foreign.read_config(path)
+    environment = foreign.read_json(path, "environment.json", foreign.Environment) or {}
     begun = config.get("task") in ("train", "finetune") and not any(record["step"] for record in records)
     ended = "only its start was evaluated" if begun and records else "nothing was evaluated" if not records else ""
     if said.get("status", "done") != "done":
@@ -143,9 +143,9 @@ def read(path: Path, label: str = "") -> Run:
         label or path.name,
         records,
         [] if begun else [*_numbers(records, config, str((environment.get("choices") or {}).get("model") or ""))],
-        _curves(run_folder.read_text(path, "metrics.csv")),
+        _curves(foreign.read_text(path, "metrics.csv")),
         config,
-        run_folder.read_text(path, "overrides.txt").splitlines(),
+        foreign.read_text(path, "overrides.txt").splitlines(),
         environment,
         gallery.load(path),
         ended,
@@ -218,7 +218,7 @@ def _numbers(records: list[dict[str, Any]], config: Mapping[str, Any], chosen: s
 
 def _source(record: Mapping[str, Any], config: Mapping[str, Any], chosen: str) -> str:
     """Where the weights are from, for people: what the record says, or of the configured network its own weights."""
-    own = run_folder.lookup(config, "model.weights") if not chosen or record.get("model") in (None, chosen) else None
+    own = foreign.lookup(config, "model.weights") if not chosen or record.get("model") in (None, chosen) else None
     held, state = record.get("checkpoint"), record.get("state")
     if record["step"]:
         start = config.get("checkpoint") or own

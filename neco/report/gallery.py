@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from neco import run_folder
 from neco.dataset.base import IGNORE, Dataset, Sample, read_label
-from neco.errors import NecoError
-from neco.eval.pictures import Picture, stretched, thumbnail
+from neco.report.pictures import Picture, stretched, thumbnail
+from neco.runs import foreign
+from neco.utils.errors import NecoError
 
 FOLDER = "pictures"
 KINDS = ("image", "jpg"), ("label", "png")
@@ -61,7 +61,7 @@ def save(drawn: Sequence[Picture], run: Path, name: str) -> list[dict[str, str |
 
 def _free_path(run: Path, name: str) -> Path:
     """Where to write a file of `pictures/`. Raises NecoError for a place that a link takes out of the run folder."""
-    run_folder.locate_file(run, f"{FOLDER}/{name}")
+    foreign.locate_file(run, f"{FOLDER}/{name}")
     return run / FOLDER / name
 
 
@@ -96,11 +96,11 @@ def save_features(features: Tensor, samples: Sequence[Sample], run: Path, name: 
 
 def load(run: Path) -> Gallery | None:
     """What `save_images` and `save_features` left, equal networks once, in order of steps; None where nothing is."""
-    shown = run_folder.read_json(run, f"{FOLDER}/shown.json", run_folder.Shown)
+    shown = foreign.read_json(run, f"{FOLDER}/shown.json", foreign.Shown)
     if not shown or not shown["keys"]:
         return None
     keys, classes = shown["keys"], shown["classes"]
-    if len(keys) > run_folder.MAX_SHOWN or len(classes) > IGNORE:
+    if len(keys) > foreign.MAX_SHOWN or len(classes) > IGNORE:
         raise NecoError(f"{run / FOLDER / 'shown.json'}: {len(keys)} images and {len(classes)} classes are too many")
     found = [[_picture(run, f"{kind}-{i:03d}.{end}") for i in range(len(keys))] for kind, end in KINDS]
     images = [image if image.ndim == 3 else np.stack([image] * 3, -1) for image in found[0]]
@@ -114,7 +114,7 @@ def load(run: Path) -> Gallery | None:
 
 
 def _picture(run: Path, name: str) -> np.ndarray:
-    if (found := run_folder.read_picture(run, f"{FOLDER}/{name}")) is None:
+    if (found := foreign.read_picture(run, f"{FOLDER}/{name}")) is None:
         raise NecoError(f"{run / FOLDER / name} is missing")
     return found
 
@@ -123,11 +123,11 @@ def _features(run: Path, keys: Sequence[str]) -> Iterator[Features]:
     """The features of these images, of each network and step."""
     for path in (run / FOLDER).glob("features-*.safetensors"):
         name = re.fullmatch(r"features-(.+)-(\d{1,15})", path.stem)
-        real = run_folder.locate_file(run, f"{FOLDER}/{path.name}")
+        real = foreign.locate_file(run, f"{FOLDER}/{path.name}")
         try:
             with safetensors.safe_open(real, "pt") as file:
-                about = run_folder.check(file.metadata(), dict[str, str])
-                if name is None or run_folder.parse_json(about["keys"]) != keys:
+                about = foreign.check(file.metadata(), dict[str, str])
+                if name is None or foreign.parse_json(about["keys"]) != keys:
                     continue
                 shape = file.get_slice("features").get_shape()
                 if len(shape) != 4 or shape[0] != len(keys) or not 0 < math.prod(shape) <= MOST:

@@ -12,17 +12,17 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from neco import run_folder
-from neco.commands import format_command
-from neco.errors import NecoError
-from neco.escape import for_html
-from neco.eval.pictures import as_colours, colours, overlay
-from neco.masking import mask_nested, mask_secrets
 from neco.report import charts, similarity, tables
 from neco.report.collect import Plot, Point, Run, sweeps
 from neco.report.gallery import Features
 from neco.report.pages import HERE, address, drawn, encoded, figure, page, swatch
+from neco.report.pictures import as_colours, colours, overlay
 from neco.report.tables import Table
+from neco.runs import foreign
+from neco.utils.commands import format_command
+from neco.utils.errors import NecoError
+from neco.utils.escape import for_html
+from neco.utils.masking import mask_nested, mask_secrets
 
 log = logging.getLogger(__name__)
 Drawing = tuple[dict[str, Any], dict[str, Any], bytes]  # a record, one of its pictures, the picture's file
@@ -250,8 +250,8 @@ def _drawings(run: Run) -> Iterator[Drawing]:
                 continue
             seen.add(name)
             try:
-                if run_folder.read_picture(run.path, name) is not None:
-                    yield record, picture, run_folder.read_bytes(run.path, name)
+                if foreign.read_picture(run.path, name) is not None:
+                    yield record, picture, foreign.read_bytes(run.path, name)
             except NecoError as error:
                 log.warning("left out    %s", error)
 

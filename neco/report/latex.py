@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable
 
-from neco.escape import for_latex
 from neco.report.tables import Table
+from neco.utils.escape import for_latex
 
 LONG = 60  # letters of a cell
 FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from neco.escape import for_markdown
 from neco.report.tables import Table
-from neco.results import markdown as rows_as_markdown
+from neco.utils.escape import for_markdown
+from neco.utils.text_table import markdown as rows_as_markdown
 
 
 def markdown(title: str, tables: Iterable[Table]) -> str:

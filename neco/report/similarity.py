@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neco.dataset.base import IGNORE
-from neco.eval.pictures import stretched
 from neco.report.gallery import Features, Gallery
+from neco.report.pictures import stretched
 
 BYTES = 6_000_000  # of the features of a page; base64 makes a third more of it
 IMAGES, NETWORKS, LEAST = 12, 6, 16

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from neco.escape import for_csv
 from neco.report.collect import Number, Plot, Run, differing
+from neco.utils.escape import for_csv
 
 MARK = "* measured by another protocol than the published number: docs/evaluate.md"
 COMPARED = "Before: what is compared with, as nothing was trained."

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from neco import config
 from neco.augment.views import Views, view_rng
-from neco.config import Settings, call
+from neco.config import discovery, validate
+from neco.config.validate import Settings, call
 from neco.dataset.base import Dataset
 from neco.dataset.inspect import Look, check_classes, inspect, places, read_pair
-from neco.errors import NecoError
-from neco.eval.pictures import colours, overlay
 from neco.report import pages
-from neco.results import columns
-from neco.task.common import outline
-from neco.training.bad import CHANCE, chance
+from neco.report.pictures import colours, overlay
+from neco.runs.provenance import outline
+from neco.training.unreadable import CHANCE, chance
+from neco.utils.errors import NecoError
+from neco.utils.text_table import columns
 
 log = logging.getLogger(__name__)
 HEAD = ["data set", "split", "images", "published", "masks", "looked at", "unusable", "pixels"]
@@ -41,10 +41,10 @@ def prepare(settings: Settings) -> Job:
     if settings.run.show:
         raise NecoError(f"show={settings.run.show}: one data set at a time is shown; choose it with dataset=NAME")
     datasets = {}
-    for name in config.options("dataset"):
-        node = config.option("dataset", name, settings.config)
+    for name in discovery.options("dataset"):
+        node = validate.option("dataset", name, settings.config)
         if "parts" not in node and node.get("root", "???") != "???":
-            datasets[name] = config.build(node, f"dataset={name}")
+            datasets[name] = validate.build(node, f"dataset={name}")
     return Job(datasets, views)
 
 

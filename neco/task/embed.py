@@ -23,23 +23,25 @@ from torch import Tensor
 from torch.utils import data
 from typing_extensions import TypedDict
 
-from neco import files, interrupt, results, run_folder
-from neco.config import Settings, build, call
+from neco.config.schema import Embed
+from neco.config.validate import Settings, build, call
 from neco.dataset.base import Dataset, Sample, read_image
 from neco.dataset.decode import stored_size
 from neco.dataset.digests import DigestStore, Ref, joined, noting, states_of
 from neco.dataset.file_state import State, is_telling
 from neco.dataset.inspect import places
-from neco.errors import NecoError
-from neco.eval.base import input_size
-from neco.eval.extract import Extract
+from neco.distributed.devices import choose_device, device_name
+from neco.distributed.workers import named_workers, start_worker
+from neco.eval.evaluation import input_size
+from neco.features.extractor import Extract
 from neco.model import weights
-from neco.progress import track
-from neco.schema import Embed
-from neco.task import used_data
-from neco.task.common import choose_device, device_name, locked, model_of, network_name, outline, source_of_weights
-from neco.training.bad import look, too_many
-from neco.workers import named_workers, start_worker
+from neco.runs import folder, foreign, results, used_data
+from neco.runs.folder import locked
+from neco.runs.provenance import model_of, network_name, outline, source_of_weights
+from neco.training.unreadable import look, too_many
+from neco.utils import atomic_files, signals
+from neco.utils.errors import NecoError
+from neco.utils.progress import track
 
 log = logging.getLogger(__name__)
 LOOKS = 200  # images whose size is looked up, to tell what the features of all will take
@@ -188,8 +190,8 @@ class Shards:
         for path in sorted(self.folder.glob("features-*.safetensors")):
             try:
                 with safetensors.safe_open(path, "pt") as file:
-                    held = run_folder.parse_json(file.metadata()["neco"])
-                    yield path.name, run_folder.check(held, Header)
+                    held = foreign.parse_json(file.metadata()["neco"])
+                    yield path.name, foreign.check(held, Header)
             except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
                 raise NecoError(f"{path} is damaged ({error}): remove it and those after it, then go on") from error
 
@@ -221,7 +223,7 @@ class Shards:
         about |= {"states": None if None in states else joined(states), "contents": joined(contents)}
         path = self.folder / self._next()
         rows = torch.cat(self.rows) if self.rows else torch.zeros(0, 1)
-        with files.whole(path) as file:  # save_file's would be for the owner only
+        with atomic_files.whole(path) as file:  # save_file's would be for the owner only
             file.write(safetensors.torch.save({"features": rows}, {"neco": json.dumps(about)}))
         self.count += 1
         self._start()
@@ -229,7 +231,7 @@ class Shards:
     def write_index(self) -> int:
         """Write index.csv: where the features of each image are. Returns how many images there are."""
         path, images = self.folder / "index.csv", 0
-        with files.whole(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # any bytes
+        with atomic_files.whole(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # any bytes
             lines = csv.writer(file)
             lines.writerow(["key", "file", "row", "h", "w"])
             for name, held in self.headers():
@@ -251,7 +253,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         size = side_rule(options, backbone.patch, job.dataset)
         shards = Shards(output, _asked(options, size, backbone, report.hash, job.samples), options, job.samples)
         what = settings.config, settings.overrides, settings.choices
-        results.describe(output, *what, device_name(job.device))
+        folder.describe(output, *what, device_name(job.device))
         used_data.note(output, "dataset", job.dataset, options.split, "some")
         if shards.done:
             log.info("%d of %d images are there already", shards.done, len(job.samples))
@@ -265,7 +267,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         batches = data.DataLoader(
             items, extract.batch_size, num_workers=extract.readers, collate_fn=list, worker_init_fn=start_worker
         )
-        with interrupt.held():
+        with signals.held():
             loaded = iter(batches)
         rest = iter(left)
         for batch in track(loaded, f"batches of {extract.batch_size} images", total=len(batches)):

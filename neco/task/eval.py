@@ -7,23 +7,18 @@ from typing import Any
 
 import torch
 
-from neco import devices, report, results
-from neco.config import Settings, build, call
+from neco import report
+from neco.config.validate import Settings, build, call
 from neco.dataset.base import Dataset
-from neco.errors import NecoError
-from neco.logger.base import Trackers
+from neco.distributed import collectives
+from neco.distributed.devices import choose_device, device_name
+from neco.eval.runner import check_evaluations, measure, origin
+from neco.logger.trackers import Trackers
 from neco.model import weights
-from neco.task.common import (
-    check_evaluations,
-    choose_device,
-    device_name,
-    locked,
-    model_of,
-    network_name,
-    outline,
-    source_of_weights,
-)
-from neco.task.measure import measure, origin
+from neco.runs import folder, results
+from neco.runs.folder import locked
+from neco.runs.provenance import model_of, network_name, outline, source_of_weights
+from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +60,12 @@ def prepare(settings: Settings) -> Job:
 
 def main(settings: Settings, job: Job, output: Path) -> results.Objective:
     """Evaluate and record; returns the first number of the first evaluation."""
-    devices.join()
-    with locked(output, "eval"), Trackers(settings, results.Results(output, writes=devices.leader())) as trackers:
+    collectives.join()
+    with locked(output, "eval"), Trackers(settings, results.Results(output, writes=collectives.leader())) as trackers:
         if trackers.store.writes:
             what = settings.config, settings.overrides, settings.choices
-            results.describe(output, *what, device_name(job.device))
-            results.note_choice(output, train=job.dataset)
+            folder.describe(output, *what, device_name(job.device))
+            folder.note_choice(output, train=job.dataset)
         log.info("evaluation  %s on %s, %s", job.chosen, settings.choices["dataset"], device_name(job.device))
         torch.manual_seed(settings.run.seed)
         backbone = build(job.model, "model")

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from neco import config, results, run_folder
-from neco.config import Settings, build
-from neco.errors import NecoError
+from neco.config import validate
+from neco.config.validate import Settings, build
 from neco.model import export, weights
-from neco.report import card
-from neco.task.common import locked, model_of, network_name, outline, source_of_weights
-from neco.task.run import FREE
+from neco.report import model_card
+from neco.runs import folder, foreign, results
+from neco.runs.folder import locked
+from neco.runs.provenance import model_of, network_name, outline, source_of_weights
+from neco.training.run import FREE
+from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
 # What cannot change a run's weights, or is told elsewhere in the card. Paths are nobody's business.
@@ -64,7 +66,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
     with locked(output, "export"):
         target = Path(run.file or output / export.FILES[run.format])
         _free(target, run.format)
-        results.describe(output, settings.config, settings.overrides, settings.choices, "cpu")
+        folder.describe(output, settings.config, settings.overrides, settings.choices, "cpu")
         torch.manual_seed(run.seed)
         backbone = build(job.model, "model")
         report = weights.load(backbone, job.source, job.which, trust_pickle=run.trust_pickle)
@@ -81,7 +83,7 @@ def main(settings: Settings, job: Job, output: Path) -> None:
         way = trained(job.run)
 
         def beside(told: str) -> dict[str, str]:
-            text = card.card(backbone, job.model, run.format, target.name, report, told, records, way)
+            text = model_card.card(backbone, job.model, run.format, target.name, report, told, records, way)
             config = json.dumps(export.timm_config(backbone), indent=2) + "\n"
             return {"README.md": text} | ({"config.json": config} if run.format == "timm" else {})
 
@@ -101,29 +103,29 @@ def _free(target: Path, form: export.Format) -> None:
             raise NecoError(f"{path} is there already: give file= or run_dir= a folder of its own")
 
 
-def trained(run: Path | None) -> card.Training | None:
+def trained(run: Path | None) -> model_card.Training | None:
     """How a run's weights were made, from its config; None without a run, or where it trained nothing."""
     try:
-        held = run_folder.read_config(run) if run else {}
+        held = foreign.read_config(run) if run else {}
     except NecoError:  # of somebody else
         held = {}
-    if not run or not isinstance(task := held.get("task"), str) or task not in card.TASKS:
+    if not run or not isinstance(task := held.get("task"), str) or task not in model_card.TASKS:
         return None
-    defaults, here = flat(config.load(f"task={task}").config), flat(held)
+    defaults, here = flat(validate.load(f"task={task}").config), flat(held)
     shown = {
         key: (value, defaults.get(key))
         for key, value in here.items()
         if value != defaults.get(key) and not UNTOLD & {*_parents(key)} and key.rpartition(".")[2] not in PATHS
     }
     try:
-        environment = run_folder.read_json(run, "environment.json", run_folder.Environment)
+        environment = foreign.read_json(run, "environment.json", foreign.Environment)
         why = f"{run / 'environment.json'} is missing"
     except NecoError as error:
         environment, why = None, str(error)
     if environment is None:
         log.warning("%s: the card does not say where the run took place", why)
-    start = held.get("checkpoint") or run_folder.lookup(held, "model.weights") or "unknown"
-    return card.Training(task, str(start), str(held.get("weights")), shown, environment or {})
+    start = held.get("checkpoint") or foreign.lookup(held, "model.weights") or "unknown"
+    return model_card.Training(task, str(start), str(held.get("weights")), shown, environment or {})
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -8,31 +8,25 @@ from typing import Any
 import torch
 
 from neco.augment.joint import JointCrop
-from neco.commands import format_command, key_of, override, select
-from neco.config import Settings, call
+from neco.config.schema import Finetune
+from neco.config.validate import Settings, call
 from neco.dataset.base import IGNORE, Dataset, Sample
 from neco.dataset.inspect import check_classes, inspect
-from neco.errors import NecoError
-from neco.eval.base import labelled, part_of_train
-from neco.eval.sliding import SlidingWindows
+from neco.distributed.devices import choose_device, device_name
+from neco.eval.common.sliding import SlidingWindows
+from neco.eval.evaluation import labelled, part_of_train
 from neco.model.backbone import Backbone
-from neco.results import Objective
-from neco.schema import Finetune
-from neco.task.common import (
-    check_devices,
-    choose_device,
-    device_name,
-    locked,
-    model_of,
-    network_name,
-    outline,
-    source_of_weights,
-)
-from neco.task.run import Run, announce, bf16, check_resume, few, images, millions
+from neco.runs.folder import locked
+from neco.runs.provenance import model_of, network_name, outline, source_of_weights
+from neco.runs.results import Objective
 from neco.training import data, strategies
-from neco.training.bad import BadImages, Limits, look
+from neco.training.callbacks import Plan
 from neco.training.finetune import FineTuning
-from neco.training.loop import Plan
+from neco.training.run import Run, announce, bf16, check_resume, few, images, millions
+from neco.training.strategies import check_devices
+from neco.training.unreadable import BadImages, Limits, look
+from neco.utils.commands import format_command, key_of, override, select
+from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
 CROP = 512  # published, for patches of 16

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neco import report
-from neco.config import Settings
+from neco.config.validate import Settings
 from neco.report import collect, tables
-from neco.results import columns
+from neco.utils.text_table import columns
 
 log = logging.getLogger(__name__)
 

@@ -9,29 +9,27 @@ from pathlib import Path
 import torch
 
 from neco.augment.views import Views, show
-from neco.commands import format_command, key_of, override, select
-from neco.config import Settings, call, nearest
+from neco.config.discovery import nearest
+from neco.config.schema import Train
+from neco.config.validate import Settings, call
 from neco.dataset.base import Dataset, Sample
-from neco.errors import NecoError
+from neco.distributed import device_memory
+from neco.distributed.devices import choose_device, device_name
+from neco.eval.runner import check_evaluations
 from neco.model import weights
 from neco.model.backbone import Backbone
-from neco.results import Objective
-from neco.schema import Train
-from neco.task.common import (
-    check_devices,
-    check_evaluations,
-    choose_device,
-    device_name,
-    locked,
-    outline,
-    source_of_weights,
-)
-from neco.task.run import Run, announce, bf16, check_resume, few, images, millions
+from neco.runs.folder import locked
+from neco.runs.provenance import outline, source_of_weights
+from neco.runs.results import Objective
 from neco.training import compiled, data, memory, optim, strategies, trainable
-from neco.training.bad import BadImages, Limits, look
-from neco.training.loop import Plan
+from neco.training.callbacks import Plan
 from neco.training.module import PostTraining
 from neco.training.references import check_queue
+from neco.training.run import Run, announce, bf16, check_resume, few, images, millions
+from neco.training.strategies import check_devices
+from neco.training.unreadable import BadImages, Limits, look
+from neco.utils.commands import format_command, key_of, override, select
+from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +193,7 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
     frozen = "" if whole else f"; frozen: {millions(backbone, False)} of the backbone"
     marks = sorted({0, *plan.marks(options.eval_epochs), plan.steps})
     needed = memory.estimate(module, _trained_sizes(job.views)[-1], options.micro_batch, half, job.device)
-    total = memory.total(job.device)
+    total = device_memory.total(job.device)
     colour = "; coloured on the device" if job.views.batched(job.device) else ""
     clean = "; the teacher sees them clean" if job.views.teacher == "clean" else ""
     announce({
@@ -208,7 +206,7 @@ def _announce(settings: Settings, job: Job, module: PostTraining, start: str, ou
         "views": f"{' or '.join(dict.fromkeys(map(_views, _sizes(job.views))))} pixels{clean}{colour}",
         "steps": f"{plan.steps} of {options.images} images, {plan.epoch(plan.steps):.4g} epochs",
         "evaluation": f"{job.chosen} on {job.val_name} at steps {few(marks)}" if job.val else "none",
-        "memory": f"about {needed / memory.GB:.2f} GB at the peak, of {total / memory.GB:.1f} GB",
+        "memory": f"about {needed / device_memory.GB:.2f} GB at the peak, of {total / device_memory.GB:.1f} GB",
         "device": f"{device_name(job.device)}, {'bf16' if half else 'fp32'}{', compiled' if job.compiled else ''}"
         f"{strategies.describe(options)}",
         "writes": str(output),

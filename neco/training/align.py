@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neco.values import sides
+from neco.config.types import sides
 
 WHOLE = 1 - 1e-4  # a cell counts when it lies in the mask entirely: 1, but for the rounding of interpolation weights
 

@@ -9,10 +9,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from neco import devices, schema
-from neco.errors import NecoError
+from neco.config import schema
+from neco.distributed import collectives
 from neco.model.backbone import Backbone, StochasticDepth
 from neco.training import optim, strategies
+from neco.utils.errors import NecoError
 
 
 class Module(pl.LightningModule, ABC):
@@ -46,15 +47,15 @@ class Module(pl.LightningModule, ABC):
         """
         self.drawn = index
         self._draw(self.seed, index)
-        if devices.world() > 1:
+        if collectives.world() > 1:
             for part in self.modules():
                 if isinstance(part, StochasticDepth):
-                    part.split = devices.world(), devices.rank(), images
+                    part.split = collectives.world(), collectives.rank(), images
 
     def draw_own(self) -> None:
         """Fix the random numbers of this process from here on in the batch: for dropout, of each element alone."""
-        if devices.rank():
-            self._draw(self.seed, self.drawn, devices.rank())
+        if collectives.rank():
+            self._draw(self.seed, self.drawn, collectives.rank())
 
     def _draw(self, *key: int) -> None:
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))

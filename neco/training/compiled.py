@@ -7,9 +7,9 @@ import shutil
 
 import torch
 
-from neco.errors import NecoError
-from neco.schema import Train
+from neco.config.schema import Train
 from neco.training.module import PostTraining
+from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
 

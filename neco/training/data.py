@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from neco import devices, interrupt
 from neco.augment import batched
 from neco.augment.joint import JointCrop
 from neco.augment.views import Views, batch_scale, view_rng
 from neco.dataset.base import Dataset as Labelled
 from neco.dataset.base import Sample, read_image
 from neco.dataset.inspect import read_pair
-from neco.errors import NecoError
-from neco.workers import stack, start_worker
+from neco.distributed import collectives
+from neco.distributed.workers import stack, start_worker
+from neco.utils import signals
+from neco.utils.errors import NecoError
 
 # Epoch, index of the sample (its second time in an epoch: index + number of samples, ...), number of the batch
 Position = tuple[int, int, int]
@@ -77,7 +78,7 @@ class Positions(Sampler[list[Position]]):
                         order = contents(self.shares, epoch, self.seed)[order]
                     current = epoch
                 positions.append((epoch, int(order[index]), number))
-            yield list(devices.share(positions))
+            yield list(collectives.share(positions))
 
 
 class Drawn(Dataset[dict[str, Any]], ABC):
@@ -164,7 +165,7 @@ class Loader(DataLoader):
     """A loader whose workers start undisturbed by signals."""
 
     def __iter__(self) -> Any:
-        with interrupt.held():
+        with signals.held():
             return super().__iter__()
 
 

@@ -6,9 +6,10 @@ Legend: B images, S pixels of a crop's side, C classes.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neco import devices, schema
 from neco.augment.colour import normalise
+from neco.config import schema
 from neco.dataset.base import IGNORE
+from neco.distributed import collectives
 from neco.model.backbone import Backbone
 from neco.model.decoder import Linear, MaskTransformer, Segmenter
 from neco.training.base import Module
@@ -53,5 +54,5 @@ class FineTuning(Module):
         scores = self.segmenter(normalise(batch["images"]))
         each = F.cross_entropy(scores, masks, ignore_index=IGNORE, reduction="none")  # its own sum has no fixed order
         # of all processes, which average their gradients; without one labelled pixel the loss is 0
-        labelled = devices.total((masks != IGNORE).sum()) / devices.world()
+        labelled = collectives.total((masks != IGNORE).sum()) / collectives.world()
         return self.account(each.sum() / labelled.clamp(min=1))

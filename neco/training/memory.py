@@ -2,12 +2,7 @@
 
 import contextlib
 import copy
-import os
-import re
-import resource
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,39 +10,10 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
+from neco.distributed.device_memory import current, total
 from neco.training.align import pair_order
 
-GB = 1024**3
 ROOM = 0.8  # an estimate may be a quarter too low
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start measuring anew (on the CPU where Linux allows it)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device: torch.device) -> int:
-    """Bytes at the highest point since `reset_peak`: of the GPU's allocator, or of this process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found.group(1)) * 1024 if found else 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def current(device: torch.device) -> int:
-    """Bytes in use now, measured as `peak` does."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    if sys.platform == "linux":
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found.group(1)) * 1024 if found else 0
-    return peak(device)
 
 
 class _Attention(torch.autograd.Function):
@@ -148,14 +114,3 @@ def largest_batch(module: Any, sizes: list[tuple[int, int]], bf16: bool, device:
     """Images for which `estimate` stays within ROOM of the device's memory; the module may be on the meta device."""
     one, two = (estimate(module, sizes, batch, bf16, device) for batch in (1, 2))
     return max(0, 1 + int((ROOM * total(device) - one) // (two - one)))
-
-
-def total(device: torch.device) -> int:
-    """Bytes that the device has: a GPU's memory, or the machine's (or container's) on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(installed, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        return installed

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from neco import schema
 from neco.augment.batched import recolour
 from neco.augment.colour import normalise
+from neco.config import schema
 from neco.loss.base import Loss, Referring
 from neco.model.backbone import Backbone
 from neco.model.head import Head

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neco import devices
-from neco.errors import NecoError
+from neco.distributed import collectives
+from neco.utils.errors import NecoError
 
 DEAL, PUSH, DRAW, ANY = range(4)
 PUSHED_PER_IMAGE = 10
@@ -25,7 +25,7 @@ def draws(seed: int, step: int, use: int, lists: int, population: int, count: in
 
 def permutations(seed: int, step: int, pairs: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """The permutations (pairs, count) that `deal` the references of a training step."""
-    return devices.send(draws(seed, step, DEAL, pairs, count, count), device)
+    return collectives.send(draws(seed, step, DEAL, pairs, count, count), device)
 
 
 def deal(teacher: Tensor, permutations: Tensor) -> Tensor:
@@ -55,8 +55,8 @@ def from_batch(
     Patches outside `kept` (P, B, N) are passed over; a pair that keeps none, which has no loss either, gets any.
     With several processes the pool is that of all their images, in their order; each gets the references of its own.
     """
-    own = slice(devices.rank() * teacher.shape[1], (devices.rank() + 1) * teacher.shape[1])
-    teacher, kept = devices.gather(teacher, 1), None if kept is None else devices.gather(kept, 1)
+    own = slice(collectives.rank() * teacher.shape[1], (collectives.rank() + 1) * teacher.shape[1])
+    teacher, kept = collectives.gather(teacher, 1), None if kept is None else collectives.gather(kept, 1)
     pairs, images, patches, _ = teacher.shape
     device, pool = teacher.device, torch.arange(pairs, device=teacher.device)[:, None]
     order = permutations(seed, step, pairs, images * patches, device)
@@ -69,7 +69,7 @@ def from_batch(
         places = torch.arange(images * count, device=device).view(images, count)
     elif source == "batch_any":
         free = np.stack([_generator(seed, step, ANY, pair).random(images * count) for pair in range(pairs)])
-        places = devices.send(torch.from_numpy(free), device) * allowed.sum(1, keepdim=True)
+        places = collectives.send(torch.from_numpy(free), device) * allowed.sum(1, keepdim=True)
     else:
         places = torch.arange(images * count, device=device)
     index = _pick(order, allowed, places.long()).view(pairs, images * count)
@@ -153,25 +153,25 @@ class Queue(nn.Module):
         """
         patches, count = maps.flatten(1, 3), count or teacher.shape[2]
         views, local = patches.shape[:2]
-        world, first = devices.world(), devices.rank() * local
+        world, first = collectives.world(), collectives.rank() * local
         pushed = min(PUSHED_PER_IMAGE * maps.shape[1] * world, self.vectors.shape[1], local * world)
         order = draws(seed, step, PUSH, views, local * world, local * world if kept else pushed)
-        order = devices.send(order, maps.device)
+        order = collectives.send(order, maps.device)
         if kept:
-            mask = devices.gather(kept[0].flatten(1), 1).gather(1, order)
+            mask = collectives.gather(kept[0].flatten(1), 1).gather(1, order)
             order = _pick(order, mask | ~mask.any(1, keepdim=True), torch.arange(pushed, device=maps.device))
         mine = (order >= first) & (order < first + local)  # each process supplies its own patches, and else zeros
         vectors = _take(patches, (order - first).clamp(0, local - 1)) * mine[..., None]
-        self.push(devices.total(vectors))
+        self.push(collectives.total(vectors))
         pairs, needed = len(teacher), teacher.shape[1] * count
         if self.filled < needed * world:
             return from_batch("batch", teacher, count, seed, step, kept and kept[1])
         drawn = draws(seed, step, DRAW, pairs, self.filled, needed * world)
-        drawn = drawn[:, devices.rank() * needed : (devices.rank() + 1) * needed].reshape(views, -1)
+        drawn = drawn[:, collectives.rank() * needed : (collectives.rank() + 1) * needed].reshape(views, -1)
         return _take(self.vectors, drawn).to(teacher.dtype).view(*teacher.shape[:2], count, -1)
 
 
 def _take(vectors: Tensor, indices: Tensor) -> Tensor:
     """vectors (G, m, D), indices (G, k) -> (G, k, D)."""
-    indices = devices.send(indices, vectors.device)
+    indices = collectives.send(indices, vectors.device)
     return vectors[torch.arange(len(vectors), device=vectors.device)[:, None], indices]

@@ -15,9 +15,37 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from neco import devices, processes
-from neco.errors import NecoError
-from neco.schema import Trainings
+from neco.config.schema import Trainings
+from neco.distributed import collectives
+from neco.utils import processes
+from neco.utils.errors import NecoError
+
+
+def check_devices(options: Trainings, device: torch.device) -> None:
+    """Raises NecoError for fewer GPUs than asked for, or other processes than the configuration wants."""
+    node = options.node
+    wanted = f"{node}.devices={options.devices} x {node}.nodes={options.nodes}"
+    if not processes.are_started():
+        if options.nodes > 1:
+            raise NecoError(f"{node}.nodes={options.nodes}: start one process a device with torchrun or SLURM's srun")
+    elif processes.number("WORLD_SIZE") != options.processes:
+        one = (
+            ""
+            if processes.here.started_by != "srun"
+            else f", or start one task (--ntasks=1), which starts {node}.devices"
+        )
+        raise NecoError(f"{processes.describe()}, {wanted} asks for {options.processes}: make them equal{one}")
+    elif (local := processes.number("LOCAL_WORLD_SIZE", options.devices)) != options.devices:
+        raise NecoError(
+            f"{processes.describe()}, {local} of them on this node, {wanted} asks for {options.devices} on each"
+        )
+    if device.type == "cuda" and options.devices > (there := torch.cuda.device_count()):
+        hidden = (
+            "; --gpus-per-task and --gpu-bind hide GPUs, --gpus-per-node does not"
+            if "SLURM_JOB_ID" in os.environ
+            else ""
+        )
+        raise NecoError(f"{node}.devices={options.devices}: there are {there} GPUs here{hidden}")
 
 
 class Meeting(Strategy):
@@ -28,7 +56,7 @@ class Meeting(Strategy):
     def setup_environment(self) -> None:
         assert self._timeout is not None
         minutes = self._timeout.total_seconds() / 60
-        devices.join(self.root_device, self._timeout, minutes, getattr(self.launcher, "procs", ()))
+        collectives.join(self.root_device, self._timeout, minutes, getattr(self.launcher, "procs", ()))
         super().setup_environment()
 
 

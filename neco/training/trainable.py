@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from neco import config, schema
-from neco.errors import NecoError
+from neco.config import schema, validate
 from neco.model import lora
 from neco.model.backbone import Backbone
+from neco.utils.errors import NecoError
 
 
 def chosen_blocks(blocks: Literal["all"] | int | list[int], depth: int) -> list[int]:
@@ -43,7 +43,7 @@ def restrict(backbone: Backbone, options: schema.Train) -> None:
     if rank > backbone.dim:
         raise NecoError(f"train.lora_rank={rank}: more than the width of the backbone, {backbone.dim}")
     for index in blocks if rank else []:
-        config.call(
+        validate.call(
             lora.adapt, "train.lora_rank", block=backbone.net.blocks[index], rank=rank, alpha=options.lora_alpha
         )
 

@@ -24,9 +24,9 @@ import dataset_support
 import torch
 from conftest import FEW, SMALL
 
-from neco import __main__ as program
-from neco import config, schema
-from neco.errors import NecoError
+from neco.cli import main as program
+from neco.config import discovery, schema, validate
+from neco.utils.errors import NecoError
 from soak import Outcome, forked, trial
 
 ANY = (
@@ -59,7 +59,7 @@ class Base:
 
     def values(self) -> dict[str, Any]:
         """Keys below the node, dotted, with their values; the whole of a list is one."""
-        composed = config.load(*self.command).config
+        composed = validate.load(*self.command).config
 
         def flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             for key, value in node.items():
@@ -99,16 +99,16 @@ def bases(folder: Path) -> list[Base]:
         Base("extract", (*evaluate, *_eval("retrieval")), "extract"),
     ]
     found += [Base(f"loss={n}", ("task=train", *SMALL, "train.steps=1", f"loss={n}", "loss.grid=3"), "loss")
-              for n in config.options("loss")]  # fmt: skip
+              for n in discovery.options("loss")]  # fmt: skip
     found += [Base(f"augment={n}", ("task=train", *SMALL, "train.steps=1", f"augment={n}"), "augment")
-              for n in config.options("augment")]  # fmt: skip
-    found += [Base(f"eval={n}", (*evaluate, *_eval(n)), f"eval.{n}") for n in config.options("eval")]
+              for n in discovery.options("augment")]  # fmt: skip
+    found += [Base(f"eval={n}", (*evaluate, *_eval(n)), f"eval.{n}") for n in discovery.options("eval")]
     found += [Base(f"logger={n}", (*evaluate, *_eval("retrieval"), f"logger=[{n}]"), f"logger.{n}")
-              for n in config.options("logger")]  # fmt: skip
+              for n in discovery.options("logger")]  # fmt: skip
     found += [Base(f"model={n}", (*evaluate, *_eval("retrieval"), f"model={n}"), "model")
-              for n in config.options("model")]  # fmt: skip
+              for n in discovery.options("model")]  # fmt: skip
     train = tuple(key for key in SMALL if not key.startswith("dataset."))
-    for name in config.options("dataset"):
+    for name in discovery.options("dataset"):
         if name == "all":
             continue
         if name == "shapes":
@@ -159,7 +159,6 @@ def command(arguments: Sequence[str], run: bool) -> str:
         began.append(True)
         return main(*given) if run else None
 
-    program.started, program.failure = False, None
     with (
         contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), mock.patch.object(task, "main", work),
         mock.patch.object(sys, "argv", ["neco", *arguments]),
@@ -191,7 +190,7 @@ def _prepared(folder: Path) -> None:
     os.environ["XDG_CONFIG_HOME"] = str(folder / "none")
     os.environ["WANDB_MODE"] = "offline"
     torch.set_num_threads(1)
-    shapes = config.load("task=train", *SMALL).build("dataset")
+    shapes = validate.load("task=train", *SMALL).build("dataset")
     for split in ("train", "val"):
         shapes.samples(split)
 
@@ -289,14 +288,14 @@ def pairs(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
         _prepared(folder)
         data, commands = [base.command for base in bases(folder / "data") if base.node == "dataset"], []
         while len(commands) < count:
-            loss, evaluation = rng.choice(config.options("loss")), _eval(rng.choice(list(LIGHT)))
+            loss, evaluation = rng.choice(discovery.options("loss")), _eval(rng.choice(list(LIGHT)))
             training = ("task=train", *SMALL, "train.steps=1", f"loss={loss}", "loss.grid=3")
             evaluating = ("task=eval", *TINY, *evaluation)
             finetuning = (*FEW, "finetune.steps=1")
             start = rng.choice((training, (*training, *evaluation), evaluating, finetuning, rng.choice(data)))
             choices = [
                 f"{name}.{key}={value}"
-                for node, part in config.load(*start).config.items()
+                for node, part in validate.load(*start).config.items()
                 for name, hints in _nodes(node, part)
                 for key, hint in hints.items()
                 for value in plausible(hint)
@@ -315,7 +314,7 @@ def options(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
         groups = ("task", "model", "dataset", "eval", "loss", "augment", "experiment", "logger")
         commands = []
         for _ in range(count):
-            two = [f"{group}={rng.choice(config.options(group))}" for group in rng.sample(groups, 2)]
+            two = [f"{group}={rng.choice(discovery.options(group))}" for group in rng.sample(groups, 2)]
             task = () if any(option.startswith("task=") for option in two) else ("task=train",)
             two = [re.sub(r"^(eval|logger)=(.*)", r"\1=[\2]", option) for option in two]
             commands.append((*task, f"data_root={folder}/nothing", *two))
@@ -353,10 +352,10 @@ def _result(verdict: forked.Verdict) -> str:
 
 def _nodes(node: str, part: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The nodes of a configuration with the types of what they take."""
-    if node in config.SPINE:
-        yield node, typing.get_type_hints(config.SPINE[node], include_extras=True)
+    if node in validate.SPINE:
+        yield node, typing.get_type_hints(validate.SPINE[node], include_extras=True)
     elif isinstance(part, dict) and "_target_" in part:
-        known = config.parameters(config.locate(part["_target_"]))
+        known = validate.parameters(validate.locate(part["_target_"]))
         yield node, {key: hint for key, (_, hint) in known.items() if key in part}
     elif node == "eval":
         for name, below in part.items():

@@ -19,9 +19,9 @@ import torch
 
 from neco.dataset.archive import Store
 from neco.dataset.digests import Contents
-from neco.errors import NecoError
-from neco.eval.cache import Cache, Entry
+from neco.features.cache import Cache, Entry
 from neco.model import sources
+from neco.utils.errors import NecoError
 from soak import Outcome, kills, life, trial
 
 ROOM = 64 << 20

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from neco.errors import NecoError
+from neco.utils.errors import NecoError
 
 SECONDS = 5.0  # of CPU that one trial may take
 PATIENCE = 24  # times as long before the process is ended: machines are shared

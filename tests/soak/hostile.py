@@ -24,8 +24,8 @@ from neco.dataset import archive
 from neco.dataset.base import read_image
 from neco.dataset.decode import PIXELS
 from neco.dataset.folder import Folder
-from neco.errors import NecoError
 from neco.model.weights import load
+from neco.utils.errors import NecoError
 from soak import Outcome, forked, trial
 from soak.inputs import (
     INDEX,

@@ -35,11 +35,11 @@ from neco.dataset.decode import stored_size
 from neco.dataset.folder import Folder
 from neco.dataset.imagenet import ImageNet100
 from neco.dataset.voc import VOC
-from neco.errors import NecoError
 from neco.model import trained_model
 from neco.model.backbone import Backbone
 from neco.model.weights import load, weights_hash
 from neco.training.data import MultiView, Scenes
+from neco.utils.errors import NecoError
 from soak import Outcome, forked, trial
 
 CLASSES = ["a", "b", "c", "d"]

@@ -11,6 +11,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from neco.cli import main as program
+
 TINY = (
     "model=tiny", "weights=none", "device=cpu", "dataset.train=12", "dataset.val=4", "head.hidden=32", "head.out=16",
     "loss.grid=3", "augment.global_size=32", "augment.local_size=16", "augment.local_views=1", "optim.lr=1e-3",
@@ -58,7 +60,6 @@ def _live(folder: Path, arguments: list[str], setup: Sequence[Setup], environmen
     said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    from neco import __main__ as program
 
     sys.argv[1:] = arguments
     for prepare in setup:

@@ -19,7 +19,7 @@ def used() -> tuple[int, int, int]:
 
 def sampled(path: Path, every: int) -> None:
     """In a life: note `used` every so many steps."""
-    from neco.training.loop import Loop
+    from neco.training.callbacks import Loop
 
     real, found = Loop.on_train_batch_end, []
 

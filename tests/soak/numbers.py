@@ -19,9 +19,8 @@ from conftest import FEW, SMALL, losses, perform
 from PIL import Image
 from torch import Tensor
 
-from neco import config
+from neco.config import discovery, validate
 from neco.dataset.base import read_image
-from neco.errors import NecoError
 from neco.model import sources
 from neco.model.backbone import Backbone
 from neco.task import eval as evaluating
@@ -29,6 +28,7 @@ from neco.task import finetune, train
 from neco.training import finetune as segmenting
 from neco.training.base import Module
 from neco.training.module import PostTraining
+from neco.utils.errors import NecoError
 from soak import Outcome, trial
 from soak.configs import _eval
 
@@ -122,7 +122,7 @@ IMAGES: dict[str, Callable[[random.Random, int], np.ndarray]] = {
 @trial(small=4, full=150)
 def poor_images(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
     """Post-training on images without content, of one image, of fewer images than a batch."""
-    names = config.options("loss")
+    names = discovery.options("loss")
     for number in range(count):
         what = rng.choice(list(IMAGES))
         images, batch = rng.choice((1, 2, 3, 6)), rng.choice((1, 2, 4))
@@ -138,7 +138,7 @@ def poor_images(rng: random.Random, folder: Path, count: int) -> Iterator[Outcom
             f"loss={loss}",
             "loss.grid=3",
         ]
-        if "references" in config.load(f"loss={loss}").config["loss"]:
+        if "references" in validate.load(f"loss={loss}").config["loss"]:
             options += [f"loss.references={reference}", "loss.queue_size=64"]
             options += [f"loss.mask={rng.choice(('all', 'fg', 'bg'))}"] if loss == "neco" else []
         try:
@@ -170,7 +170,7 @@ SIZES = ("eval.{}.k=1", "eval.{}.k=100000", "")
 def poor_masks(rng: random.Random, folder: Path, count: int) -> Iterator[Outcome]:
     """Evaluations and fine-tuning on masks that say nothing, by networks that say nothing; k beyond the patches."""
     torch.manual_seed(0)
-    net: Backbone = config.load("task=eval").build("model")
+    net: Backbone = validate.load("task=eval").build("model")
     state = net.net.state_dict()
     for name, value in (("zero", 0.0), ("NaN", math.nan)):
         torch.save({key: torch.full_like(v, value) for key, v in state.items()}, folder / f"{name}.pth")

@@ -27,7 +27,7 @@ PAIR = [
 
 def at_step(step: int, act: Callable[[], object]) -> None:
     """In a life: do something before a step."""
-    from neco.training.loop import Loop
+    from neco.training.callbacks import Loop
 
     real = Loop.on_train_batch_start
 

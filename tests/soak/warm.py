@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from neco import __main__ as program
+from neco.cli import main as program
 from soak.life import TINY
 
 torch.set_num_threads(1)

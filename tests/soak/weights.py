@@ -27,12 +27,13 @@ from unittest import mock
 import safetensors.torch
 import torch
 
-from neco import config, download
-from neco.errors import NecoError
+from neco.config import validate
 from neco.model import load_backbone, sources, trained_model
 from neco.model.weights import load
-from neco.task.common import model_of
-from neco.task.run import find
+from neco.runs.provenance import model_of
+from neco.training.run import find
+from neco.utils import download
+from neco.utils.errors import NecoError
 from soak import Outcome, trial
 from soak.inputs import network
 
@@ -122,8 +123,8 @@ def entries(path: Path) -> dict[str, Callable[[bool], object]]:
 
 
 @functools.cache
-def _settings() -> tuple[config.Settings, Any]:
-    return config.load("task=eval"), config.load("task=train").spine["train"]
+def _settings() -> tuple[validate.Settings, Any]:
+    return validate.load("task=eval"), validate.load("task=train").spine["train"]
 
 
 @trial(small=60, full=1000)

@@ -1,0 +1,1 @@
+"""How many jobs run, and survive."""
