@@ -1,6 +1,5 @@
 """Composition and validation: what is wrong ends in one message and exit code 2, before any work."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -381,34 +380,3 @@ def test_machine_file_without_its_first_line_is_named(inside, tmp_path):
     (tmp_path / "machine").mkdir()
     (tmp_path / "machine" / "default.yaml").write_text("data_root: /somewhere\n")
     assert "# @package _global_" in inside("task=train")[1]
-
-
-ORDER = {  # package -> siblings it may import
-    "model": set(),
-    "loss": set(),
-    "dataset": set(),
-    "augment": set(),
-    "logger": set(),
-    "eval": {"model", "dataset"},
-    "training": {"augment", "model", "loss", "dataset"},
-    "task": {"augment", "model", "loss", "dataset", "training", "eval", "logger"},
-}
-
-
-@pytest.mark.parametrize("package", sorted(ORDER))
-def test_imports_point_one_way(package):
-    for path in (ROOT / "neco" / package).glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else []
-            )
-            if isinstance(node, ast.ImportFrom) and node.module == "neco":
-                names = [f"neco.{alias.name}" for alias in node.names]
-            for name in names:
-                parts = name.split(".")
-                if parts[0] == "neco" and len(parts) > 1 and parts[1] in ORDER and parts[1] != package:
-                    assert parts[1] in ORDER[package], f"{path}: {name}"

@@ -551,7 +551,7 @@ def test_nan_stops_with_step_and_checkpoint(train, monkeypatch, tmp_path):
 
 def test_a_second_process_is_kept_out_and_an_orphan_is_not(train, tmp_path):
     hold = (
-        "import os, sys, time; from pathlib import Path; from neco.task.common import locked\n"
+        "import os, sys, time; from pathlib import Path; from neco.runs.folder import locked\n"
         "with locked(Path(sys.argv[1]), 'train'):\n"
         "    if not os.fork(): time.sleep(30)  # as a data worker whose process is killed\n"
         "    print('held', flush=True); time.sleep(30)"

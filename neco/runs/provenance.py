@@ -1,5 +1,6 @@
 """Where weights are from, and the network that they belong to."""
 
+import logging
 from collections.abc import Mapping
 from neco.config.discovery import options
 from neco.config.validate import Settings
@@ -12,13 +13,13 @@ from neco.model import trained_model
 from neco.model import weights
 from neco.model.weights import Which
 from neco.model.weights import locate
-from neco.task.common import log
 from neco.utils.errors import NecoError
 from pathlib import Path
 from typing import Any
 import re
 import timm
 import torch
+log = logging.getLogger(__name__)
 APART = ("_target_", "weights", "drop_path")  # keys of a model that make no other network
 
 
