@@ -38,8 +38,8 @@ def test_only_what_the_dead_left_is_removed(tmp_path):
     code = f"""
 import os
 from pathlib import Path
-from neco import files
-with files.scratch(Path({str(tmp_path)!r})) as folder, files.whole(Path({str(tmp_path / "a")!r})) as file:
+from neco.utils.atomic_files import scratch, whole
+with scratch(Path({str(tmp_path)!r})) as folder, whole(Path({str(tmp_path / "a")!r})) as file:
     (folder / "half").write_text("half")
     os._exit(0)
 """

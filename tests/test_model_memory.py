@@ -26,9 +26,9 @@ WIDE = {"embed_dim": 2880, "depth": 1, "num_heads": 1, "patch_size": 14}  # 400 
 MB = 100  # what refusing may take; each file here claims four times as much
 MEASURE = """
 import resource, sys
-from neco.errors import NecoError
-from neco.eval.heads import load_head
+from neco.eval.common.heads import load_head
 from neco.model import load_backbone
+from neco.utils.errors import NecoError
 load_backbone({small!r})  # imports and caches of all kinds
 
 def peak():

@@ -148,14 +148,15 @@ def free_port() -> str:
 
 MEET = """
 import sys
-from neco import devices, interrupt, processes
-from neco.errors import NecoError
+from neco.distributed import collectives
+from neco.utils import processes, signals
+from neco.utils.errors import NecoError
 processes.adopt()
 try:
-    with interrupt.handled():
-        devices.join(minutes=float(sys.argv[1]) / 60)
-        print("met", devices.world(), devices.merge(devices.rank()))
-except interrupt.Interrupted as stop:
+    with signals.handled():
+        collectives.join(minutes=float(sys.argv[1]) / 60)
+        print("met", collectives.world(), collectives.merge(collectives.rank()))
+except signals.Interrupted as stop:
     sys.exit(str(stop))
 except NecoError as error:
     sys.exit(str(error))

@@ -15,7 +15,7 @@ from neco.utils.errors import NecoError
 READ = """
 import torch
 from torch.utils.data import DataLoader
-from neco import workers
+from neco.distributed import workers
 
 class Items:
     def __len__(self): return 8
