@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from neco.config import validate
 from neco.logger import background, base, trackers, wandb
 from neco.logger.base import About, Tracker
-from neco.runs.results import Results
+from neco.runs.results import Results, comparison
 from neco.training import callbacks
 from neco.utils import signals
 from neco.utils.errors import NecoError
@@ -106,7 +106,7 @@ def test_a_run_is_read_back(train) -> None:
         classes = json.loads((run.files / run.history[step][f"tables/{place}/classes"]["path"]).read_text())
         assert dict(classes["data"]) == record["details"]["miou_k4"]["iou"]
     table = json.loads((run.files / run.history[3]["results"]["path"]).read_text())
-    head, *rows = base.comparison(records)
+    head, *rows = comparison(records)
     assert (table["columns"], table["data"]) == (head, rows) and len(rows) == 2
     assert f"| {rows[0][4]:.4f} | {rows[0][5]:.4f} |" in text(board, "results")
 

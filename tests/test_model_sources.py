@@ -87,7 +87,7 @@ def test_what_old_checkpoints_hold_needs_no_trust(tmp_path: Path, legacy: bool) 
         (np.zeros(2), r"numpy\.ndarray"),
         (functools.partial(print, 1), r"functools\.partial"),
         (nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
-        ({NecoError: 1}, r"neco\.errors\.NecoError"),  # as old Lightning keeps its callbacks
+        ({NecoError: 1}, r"neco\.utils\.errors\.NecoError"),  # as old Lightning keeps its callbacks
         (np.dtype([("a", "O")]), r"numpy\.dtypes?\.\w+"),
     ],
 )

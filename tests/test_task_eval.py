@@ -77,7 +77,7 @@ def test_a_file_that_needs_pickle_is_read_when_trusted(train, evaluate, tmp_path
     torch.save({"model": backbone.net.state_dict(), "callbacks": {NecoError: 1}}, path)
     trusting = f"checkpoint={path}", "model=tiny", "weights=auto", "trust_pickle=true"
     for run in (train, evaluate):
-        with pytest.raises(NecoError, match=r"needs pickle.*neco\.errors\.NecoError.*trust_pickle=true"):
+        with pytest.raises(NecoError, match=r"needs pickle.*neco\.utils\.errors\.NecoError.*trust_pickle=true"):
             run(*trusting[:3], folder="refused")
     (record,) = evaluate(*trusting, evals=["retrieval"])
     assert record["weights"] == weights_hash(backbone)
