@@ -18,7 +18,7 @@ from conftest import ROOT, SMALL, losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from neco.config import validate
-from neco.logger import background, base, trackers, wandb
+from neco.logger import background, trackers, wandb
 from neco.logger.base import About, Tracker
 from neco.runs.results import Results, comparison
 from neco.training import callbacks
