@@ -1,1 +1,1 @@
-""""""
+"""The command line: entry, help, what is wrong with it."""

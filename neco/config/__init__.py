@@ -1,1 +1,1 @@
-""""""
+"""From a composed configuration to validated objects."""
