@@ -26,8 +26,7 @@ def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found.group(1)) * 1024 if found else 0
+        return _process_status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -35,10 +34,13 @@ def current(device: torch.device) -> int:
     """Bytes in use now, measured as `peak` does."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    if sys.platform == "linux":
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found.group(1)) * 1024 if found else 0
-    return peak(device)
+    return _process_status("VmRSS") if sys.platform == "linux" else peak(device)
+
+
+def _process_status(field: str) -> int:
+    """Bytes that Linux gives for a field of this process's status; 0 where it has none."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 def total(device: torch.device) -> int:

@@ -1,19 +1,5 @@
 """The run folder: what was asked (config, overrides), where it ran (environment), and its lock."""
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version
-from neco.dataset.base import Dataset
-from neco.distributed import collectives
-from neco.runs.results import GIT_PLACES
-from neco.runs.results import write
-from neco.utils import atomic_files
-from neco.utils.errors import NecoError
-from neco.utils.masking import mask_nested
-from neco.utils.masking import mask_secrets
-from pathlib import Path
-from typing import Any
 import contextlib
 import json
 import os
@@ -22,7 +8,20 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
 import yaml
+
+from neco.dataset.base import Dataset
+from neco.distributed import collectives
+from neco.runs.results import GIT_PLACES, write
+from neco.utils import atomic_files
+from neco.utils.errors import NecoError
+from neco.utils.masking import mask_nested, mask_secrets
+
 PACKAGES = (
     "neco",
     "torch",

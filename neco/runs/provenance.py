@@ -1,24 +1,20 @@
 """Where weights are from, and the network that they belong to."""
 
 import logging
+import re
 from collections.abc import Mapping
-from neco.config.discovery import options
-from neco.config.validate import Settings
-from neco.config.validate import build
-from neco.config.validate import call
-from neco.config.validate import examine
-from neco.config.validate import option
-from neco.model import last_checkpoint
-from neco.model import trained_model
-from neco.model import weights
-from neco.model.weights import Which
-from neco.model.weights import locate
-from neco.utils.errors import NecoError
 from pathlib import Path
 from typing import Any
-import re
+
 import timm
 import torch
+
+from neco.config.discovery import options
+from neco.config.validate import Settings, build, call, examine, option
+from neco.model import last_checkpoint, trained_model, weights
+from neco.model.weights import Which, locate
+from neco.utils.errors import NecoError
+
 log = logging.getLogger(__name__)
 APART = ("_target_", "weights", "drop_path")  # keys of a model that make no other network
 

@@ -1,32 +1,18 @@
 """The run folder: what was asked (config, overrides), where it ran (environment) and what came out (results.json)."""
 
-from neco.utils.text_table import columns
-
 import json
 import math
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from neco.utils import escape
-from neco.utils import atomic_files
-from neco.runs import foreign
 from neco.config.discovery import nearest
-from neco.dataset.base import Dataset
+from neco.runs import foreign
+from neco.utils import atomic_files
 from neco.utils.errors import NecoError
-from neco.utils.masking import mask_nested
 from neco.utils.masking import mask_secrets
-from neco.utils.masking import one_line
-
+from neco.utils.text_table import columns
 
 
 class Objective(NamedTuple):
@@ -50,21 +36,15 @@ def write(path: Path, text: str, *, mask: bool = True) -> None:
     """
     text = mask_secrets(text) if mask else text
     try:
-        with atomic_files.whole(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # names of files are any bytes
+        with atomic_files.whole(
+            path, "w", encoding="utf-8", errors="surrogateescape"
+        ) as file:  # names of files are any bytes
             file.write(text)
     except OSError as error:
         raise atomic_files.refused(path, error) from error
 
 
 GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
-
-
-
-
-
-
-
-
 
 
 class Results:
@@ -166,7 +146,3 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     if not all(map(math.isfinite, values)):
         return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-
-

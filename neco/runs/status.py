@@ -1,12 +1,14 @@
 """What a job of a sweep says of itself in its folder."""
 
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
 from neco.runs import foreign
 from neco.utils.errors import NecoError
 from neco.utils.masking import print_line
-from pathlib import Path
-from typing import Any
-import re
-import sys
+
 STATUS = "status.json"  # of a job: how it ended, its objective or message, its overrides, a digest of its configuration
 
 

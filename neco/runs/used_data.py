@@ -10,13 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from neco.runs import results
-from neco.dataset.base import Dataset
-from neco.dataset.base import Sample
-from neco.dataset.digests import Contents
-from neco.dataset.digests import joined
-from neco.dataset.digests import store_in
+from neco.dataset.base import Dataset, Sample
+from neco.dataset.digests import Contents, joined, store_in
 from neco.dataset.inspect import places
+from neco.runs import results
 from neco.utils.errors import NecoError
 
 log = logging.getLogger(__name__)
